@@ -1,0 +1,1 @@
+"""arealtrio: the rollout half of asynchronous RL for language models."""

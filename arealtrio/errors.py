@@ -1,0 +1,160 @@
+"""Every error of arealtrio, named for who did it.
+
+    ArealTrioError
+    ├─ ConfigError (ValueError)            you configured it wrong
+    ├─ UsageError (RuntimeError)           you called it wrong: settle twice, use after close
+    ├─ InvalidRequest (ValueError)         a ModelRequest that no server should see; nothing was sent
+    ├─ RolloutClosed                       you closed it while something still waited
+    ├─ RolloutCrashed                      our side died; the cause is attached
+    ├─ StalenessBudgetExhausted            the call cannot be served before the next weight version
+    ├─ WeightUpdateError                   too few servers took the weights; the version stays
+    ├─ TooManyFailures (ExceptionGroup)    the failure budget is spent; the real causes are inside
+    └─ RolloutError                        one rollout failed: recorded, it never ends the run
+       ├─ TransportError                   no whole answer arrived (connect, reset, time-out)
+       │  ├─ ConnectFailed                 nothing was sent: safe to send again
+       │  ├─ TransportTimeout              a named limit passed
+       │  └─ ResponseTooLarge              the answer is above the named size
+       ├─ ServerError                      the server answered 5xx
+       ├─ RequestRejected                  the server answered 4xx: never sent again
+       ├─ ProtocolError                    the answer does not follow the dialect
+       ├─ NoServerAvailable                no server could take the request
+       ├─ DeadlineExceeded                 the rollout's own deadline passed
+       └─ WorkflowError                    user code broke its contract
+
+Foreign exceptions are mapped once, at the door they came in through, with ``raise … from exc``.
+No message carries a payload: a prompt can be a megabyte, and can be secret.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+
+class ArealTrioError(Exception):
+    """Root of the tree; catching it catches everything this library raises on purpose."""
+
+
+class ConfigError(ArealTrioError, ValueError):
+    """A configuration value is out of its range, or contradicts another one."""
+
+
+class UsageError(ArealTrioError, RuntimeError):
+    """A call that its object cannot serve in its present state; nothing was changed."""
+
+
+class InvalidRequest(ArealTrioError, ValueError):
+    """A generation request refused before anything was sent."""
+
+
+class RolloutClosed(ArealTrioError, RuntimeError):
+    """The executor or controller was closed while this call waited, or before it was made."""
+
+
+class RolloutCrashed(ArealTrioError, RuntimeError):
+    """The rollout side died; ``__cause__`` says of what. Close it and start a new one."""
+
+
+class StalenessBudgetExhausted(ArealTrioError, RuntimeError):
+    """Admission cannot produce what was asked for before the next weight version.
+
+    Waiting would never end, because the caller that waits is the one who has to advance the version.
+    """
+
+
+class WeightUpdateError(ArealTrioError, RuntimeError):
+    """Fewer than ``min_updated`` servers took the weights; the version was not advanced.
+
+    Args:
+        message: What happened and what to do.
+        failed: The error of each server that failed, by address.
+    """
+
+    def __init__(self, message: str, failed: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.failed = dict(failed or {})
+
+
+class TooManyFailures(ArealTrioError, ExceptionGroup[Exception]):
+    """So many rollouts failed in a row that going on would only repeat it; the causes are inside."""
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception]) -> Self:
+        """An ExceptionGroup fixes its message and members in ``__new__``."""
+        return ExceptionGroup.__new__(cls, message, exceptions)
+
+    def derive(self, excs: Sequence[Exception]) -> "TooManyFailures":
+        """Keep the type when ``except*`` splits the group."""
+        return TooManyFailures(self.message, excs)
+
+
+class RolloutError(ArealTrioError):
+    """One rollout failed. It is recorded with the rollout and never ends the run."""
+
+
+class TransportError(RolloutError):
+    """No whole answer arrived.
+
+    Args:
+        message: What was tried, of which server.
+        request_sent: Whether any byte of the request may have reached the server. Only where it is
+            False may the same request be sent again without a second generation.
+    """
+
+    def __init__(self, message: str, *, request_sent: bool = True) -> None:
+        super().__init__(message)
+        self.request_sent = request_sent
+
+
+class ConnectFailed(TransportError):
+    """No connection: refused, unreachable, unknown host name, or a failed TLS handshake."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, request_sent=False)
+
+
+class TransportTimeout(TransportError):
+    """A named limit passed before the answer was whole."""
+
+
+class ResponseTooLarge(TransportError):
+    """The answer is larger than ``response_size_bytes``."""
+
+
+class ServerError(RolloutError):
+    """The server answered with a 5xx status.
+
+    Args:
+        message: The server's own short reason.
+        status: The HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RequestRejected(RolloutError):
+    """The server answered with a 4xx status: the request is wrong, and stays wrong if sent again.
+
+    Args:
+        message: The server's own short reason.
+        status: The HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ProtocolError(RolloutError):
+    """The answer does not follow the dialect (HTML, truncated JSON, lists of unequal length, …)."""
+
+
+class NoServerAvailable(RolloutError):
+    """No server could take the request within its named time."""
+
+
+class DeadlineExceeded(RolloutError):
+    """The rollout's own deadline, ``rollout_timeout_s``, passed."""
+
+
+class WorkflowError(RolloutError):
+    """A workflow, filter or reward broke its contract (a wrong return type, arrays of unequal length)."""

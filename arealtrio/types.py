@@ -1,0 +1,342 @@
+"""The records that travel between the rooms: frozen, typed, with shapes and dtypes stated.
+
+Shapes: ``P`` prompt tokens, ``N`` generated tokens, ``T = P + N`` (more over several turns).
+Token ids and versions are int32, logprobs float32, masks int32.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError, InvalidRequest, WorkflowError
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+TokenIds: TypeAlias = Int32Array | Sequence[int]
+
+StopReason: TypeAlias = Literal["stop", "length", "abort", "tool_calls"]
+PauseMode: TypeAlias = Literal["keep", "abort", "wait", "retract", "in_place"]
+
+INT32_MAX = 2**31 - 1
+PROMPT_VERSION = -1  # AReaL's mark for a token that no model made
+
+
+def as_token_ids(value: TokenIds, what: str = "input_ids") -> Int32Array:
+    """Return ``value`` as a C-contiguous int32 vector of non-negative ids.
+
+    Args:
+        value: A one-dimensional integer array, or a sequence of Python ints.
+        what: The argument's name, for the error.
+
+    Raises:
+        InvalidRequest: If it is not one-dimensional, not integral, or an id is negative or ≥ 2³¹.
+    """
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError) as exc:
+        raise InvalidRequest(f"{what} is not a vector of token ids") from exc
+    if ids.size == 0 and ids.ndim == 1:
+        return np.empty(0, dtype=np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidRequest(
+            f"{what} must be a one-dimensional vector of integers, "
+            f"not {ids.ndim}-dimensional {ids.dtype}"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) > INT32_MAX:
+        raise InvalidRequest(f"{what} holds an id outside 0 … {INT32_MAX}")
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationHyperparameters:
+    """How to sample. The names and defaults are AReaL's.
+
+    Args:
+        n_samples: Always 1 in a request; ask for several answers with ``group_size``.
+        max_new_tokens: Tokens to generate at most, over all segments of one generation.
+        min_new_tokens: No stop before that many tokens.
+        max_tokens: Prompt and answer together at most.
+        greedy: Take the most probable token; ``temperature`` is then sent as 0.
+        top_p: Nucleus mass, in (0, 1].
+        top_k: Candidates kept; anything ≥ the vocabulary means all of them.
+        min_p: Probability floor relative to the best token, in [0, 1).
+        temperature: 0 is greedy. Note what the server's logprobs mean at temperatures other
+            than 1: vLLM reports them before temperature unless it runs with
+            ``--logprobs-mode processed_logprobs``.
+        stop_token_ids: Generation ends after one of these (kept in the output).
+        stop: Generation ends after one of these strings.
+        ignore_eos: Go on past the end-of-sequence token.
+        skip_special_tokens: For the server's text, which this library does not read.
+        frequency_penalty: In [-2, 2]; 0 is off.
+        presence_penalty: In [-2, 2]; 0 is off.
+        repetition_penalty: Above 0; 1 is off.
+        seed: Of the server's sampler; None leaves it to the server.
+        lora_name: Adapter to use; empty is the base model.
+    """
+
+    n_samples: int = 1
+    max_new_tokens: int = 16384
+    min_new_tokens: int = 0
+    max_tokens: int = 32768
+    greedy: bool = False
+    top_p: float = 1.0
+    top_k: int = int(1e8)
+    min_p: float = 0.0
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    lora_name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        self._check(self.n_samples >= 1, "n_samples must be at least 1")
+        self._check(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        self._check(0 <= self.min_new_tokens <= self.max_new_tokens,
+                    "min_new_tokens must be between 0 and max_new_tokens")  # fmt: skip
+        self._check(self.max_tokens >= 1, "max_tokens must be at least 1")
+        self._check(0 < self.top_p <= 1, "top_p must be in (0, 1]")
+        self._check(self.top_k >= 1, "top_k must be at least 1")
+        self._check(0 <= self.min_p < 1, "min_p must be in [0, 1)")
+        self._check(math.isfinite(self.temperature) and self.temperature >= 0,
+                    "temperature must be finite and not negative")  # fmt: skip
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._check(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2]")
+        self._check(self.repetition_penalty > 0, "repetition_penalty must be above 0")
+
+    @staticmethod
+    def _check(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    def new(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed (AReaL's name for it)."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelRequest:
+    """One generation to run on whatever server is free.
+
+    Args:
+        input_ids: int32[P], the prompt's token ids; anything ``as_token_ids`` takes.
+        gconfig: How to sample.
+        rid: The request's id; every segment's id on a server is derived from it. Empty: a fresh one.
+        session: Requests that share a prefix (turns of one conversation, members of a group) share
+            this key, so that they may find their prefix in one server's cache. None: no preference.
+        metadata: Carried along untouched, never sent.
+    """
+
+    input_ids: Int32Array
+    gconfig: GenerationHyperparameters = field(default_factory=GenerationHyperparameters)
+    rid: str = ""
+    session: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        input_ids: TokenIds,
+        gconfig: GenerationHyperparameters | None = None,
+        rid: str = "",
+        session: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        object.__setattr__(self, "input_ids", as_token_ids(input_ids))
+        object.__setattr__(self, "gconfig", gconfig or GenerationHyperparameters())
+        object.__setattr__(self, "rid", rid)
+        object.__setattr__(self, "session", session)
+        object.__setattr__(self, "metadata", dict(metadata or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens of one HTTP answer: ``output_tokens[start:end]`` came from ``server``."""
+
+    server: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelResponse:
+    """What one generation gave. The three output vectors have one length N (invariant I8).
+
+    Args:
+        rid: The request's id.
+        input_tokens: int32[P], as asked.
+        output_tokens: int32[N].
+        output_logprobs: float32[N], of each token when it was sampled.
+        output_versions: int32[N], the weight version that made each token; never decreasing.
+        stop_reason: ``stop`` (EOS, stop id or stop string), ``length``, or ``tool_calls``.
+        versions_exact: False where a version had to be taken from the client's own belief although
+            an update landed meanwhile, or the server's label was not an integer.
+        segments: Where the tokens came from, in order.
+        latency_s: From the call to the last token, waiting for a server included.
+        wait_s: The part of it spent waiting for a server.
+    """
+
+    rid: str
+    input_tokens: Int32Array
+    output_tokens: Int32Array
+    output_logprobs: Float32Array
+    output_versions: Int32Array
+    stop_reason: StopReason
+    versions_exact: bool = True
+    segments: tuple[Segment, ...] = ()
+    latency_s: float = 0.0
+    wait_s: float = 0.0
+
+    @property
+    def input_len(self) -> int:
+        """P, the number of prompt tokens."""
+        return len(self.input_tokens)
+
+    @property
+    def output_len(self) -> int:
+        """N, the number of generated tokens."""
+        return len(self.output_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trajectory:
+    """One row for the trainer: AReaL's trajectory, unpadded.
+
+    Args:
+        input_ids: int32[T], prompt and answers.
+        loss_mask: int32[T], 1 on tokens to learn from (the model's own), else 0.
+        logprobs: float32[T], 0 where no model made the token.
+        versions: int32[T], -1 where no model made the token.
+        reward: Of the whole row.
+        versions_exact: Whether every version is known rather than believed.
+        prompt_id: Of the prompt in its data loader; filled in by the executor.
+        member_index: Of this row's rollout in its group; filled in by the executor.
+        extras: Further float32 or int32 vectors of length T, collated under their own names.
+    """
+
+    input_ids: Int32Array
+    loss_mask: Int32Array
+    logprobs: Float32Array
+    versions: Int32Array
+    reward: float
+    versions_exact: bool = True
+    prompt_id: str = ""
+    member_index: int = 0
+    extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("input_ids", np.int32), ("loss_mask", np.int32),
+                            ("logprobs", np.float32), ("versions", np.int32)):  # fmt: skip
+            array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+            if array.shape != np.shape(self.input_ids) or array.ndim != 1 or array.size == 0:
+                raise WorkflowError(
+                    f"a trajectory's {name} must be a vector as long as its input_ids, "
+                    f"not of shape {array.shape}"
+                )
+            object.__setattr__(self, name, array)
+        for name, extra in self.extras.items():
+            if np.shape(extra) != self.input_ids.shape:
+                raise WorkflowError(f"a trajectory's extra {name!r} must be as long as its input_ids")
+        if not math.isfinite(self.reward):
+            raise WorkflowError(f"a trajectory's reward must be a finite number, not {self.reward}")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def head_version(self) -> int | None:
+        """The version of the oldest generated token; None where nothing was generated."""
+        made = self.versions[self.versions >= 0]
+        return int(made.min()) if made.size else None
+
+    @property
+    def tail_version(self) -> int | None:
+        """The version of the newest generated token; None where nothing was generated."""
+        made = self.versions[self.versions >= 0]
+        return int(made.max()) if made.size else None
+
+
+class Outcome(enum.Enum):
+    """How a group settled: exactly one of these, exactly once."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"  # the workflow returned None, or the filter said no
+    FAILED = "failed"  # with its exception, classed by FailureKind
+    EXPIRED = "expired"  # its deadline passed
+    CANCELLED = "cancelled"  # its owner withdrew it, or the executor closed
+
+
+class FailureKind(enum.Enum):
+    """Whose failure it was."""
+
+    INFRASTRUCTURE = "infrastructure"  # a server or the way to it
+    WORKFLOW = "workflow"  # user code raised, or broke its contract
+    DATA = "data"  # the prompt can not be generated from (too long, outside the vocabulary)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A request as pure data; who sends it, to which server, is not its business.
+
+    Args:
+        method: ``GET`` or ``POST``.
+        path: From the root, with its query: ``/pause?mode=keep``.
+        body: Sent as it is; empty for none.
+        headers: Further headers, besides host, content length and content type (JSON).
+    """
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HttpResponse:
+    """An answer, whole: status, headers with lower-case names, body.
+
+    Args:
+        status: The HTTP status.
+        headers: Lower-case name to value; a repeated header's values are joined with ``, ``.
+        body: The payload after transfer coding is undone.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeLimits:
+    """The named limits of one HTTP exchange, in seconds; none is infinite.
+
+    Args:
+        connect_s: Name resolution, TCP and TLS together.
+        first_byte_s: From the request's last byte to the answer's first.
+        idle_s: Between two reads of the answer.
+        total_s: The whole exchange.
+    """
+
+    connect_s: float
+    first_byte_s: float
+    idle_s: float
+    total_s: float
+
+    @classmethod
+    def of(cls, total_s: float, *, connect_s: float = 10.0) -> Self:
+        """The limits of a call of which only the whole matters."""
+        return cls(connect_s=min(connect_s, total_s), first_byte_s=total_s, idle_s=total_s,
+                   total_s=total_s)  # fmt: skip
