@@ -3,7 +3,7 @@
     ArealTrioError
     ├─ ConfigError (ValueError)            you configured it wrong
     ├─ UsageError (RuntimeError)           you called it wrong: settle twice, use after close
-    ├─ InvalidRequest (ValueError)         a ModelRequest that no server should see; nothing was sent
+    ├─ InvalidRequest (ValueError)         a request that no server should see; nothing was sent
     ├─ RolloutClosed                       you closed it while something still waited
     ├─ RolloutCrashed                      our side died; the cause is attached
     ├─ StalenessBudgetExhausted            the call cannot be served before the next weight version
@@ -56,7 +56,7 @@ class RolloutCrashed(ArealTrioError, RuntimeError):
 class StalenessBudgetExhausted(ArealTrioError, RuntimeError):
     """Admission cannot produce what was asked for before the next weight version.
 
-    Waiting would never end, because the caller that waits is the one who has to advance the version.
+    Waiting would never end: the caller that waits is the one who has to advance the version.
     """
 
 
@@ -74,13 +74,13 @@ class WeightUpdateError(ArealTrioError, RuntimeError):
 
 
 class TooManyFailures(ArealTrioError, ExceptionGroup[Exception]):
-    """So many rollouts failed in a row that going on would only repeat it; the causes are inside."""
+    """So many rollouts failed in a row that going on would only repeat it; see its members."""
 
     def __new__(cls, message: str, exceptions: Sequence[Exception]) -> Self:
         """An ExceptionGroup fixes its message and members in ``__new__``."""
         return ExceptionGroup.__new__(cls, message, exceptions)
 
-    def derive(self, excs: Sequence[Exception]) -> "TooManyFailures":
+    def derive(self, excs: Sequence[Exception]) -> "TooManyFailures":  # type: ignore[override]
         """Keep the type when ``except*`` splits the group."""
         return TooManyFailures(self.message, excs)
 
@@ -157,4 +157,4 @@ class DeadlineExceeded(RolloutError):
 
 
 class WorkflowError(RolloutError):
-    """A workflow, filter or reward broke its contract (a wrong return type, arrays of unequal length)."""
+    """A workflow, filter or reward broke its contract: a wrong type, arrays of unequal length."""

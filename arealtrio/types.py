@@ -249,7 +249,9 @@ class Trajectory:
             object.__setattr__(self, name, array)
         for name, extra in self.extras.items():
             if np.shape(extra) != self.input_ids.shape:
-                raise WorkflowError(f"a trajectory's extra {name!r} must be as long as its input_ids")
+                raise WorkflowError(
+                    f"a trajectory's extra {name!r} must be as long as its input_ids"
+                )
         if not math.isfinite(self.reward):
             raise WorkflowError(f"a trajectory's reward must be a finite number, not {self.reward}")
 

@@ -1,0 +1,214 @@
+"""RolloutConfig: every limit by name, with its unit, its default, and how to choose it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from .errors import ConfigError
+from .types import TimeLimits
+
+Backend: TypeAlias = Literal["vllm", "sglang"]
+SchedulePolicyName: TypeAlias = Literal["least_request", "round_robin"]
+StragglerPolicy: TypeAlias = Literal["wait", "keep"]
+
+BACKENDS = ("vllm", "sglang")
+SCHEDULE_POLICIES = ("least_request", "round_robin")
+STRAGGLER_POLICIES = ("wait", "keep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """What a rollout run is allowed to do. Checked whole at construction.
+
+    Args:
+        servers: Base URLs of the inference servers, ``http://host:port``; no two alike.
+        backend: Their dialect: ``vllm`` or ``sglang``.
+        consumer_batch_size: Groups in one training batch (B). A prompt without ``group_size`` is a
+            group of one.
+        max_staleness: Weight versions that a consumed token may be behind (AReaL's
+            ``max_head_offpolicyness``). 0 is synchronous; AReaL used 4 for code and 8 for
+            mathematics. Higher hides longer answers behind training, and trains on older ones.
+        max_concurrent_rollouts: Rollouts (members of groups) in flight at most. None:
+            ``consumer_batch_size`` groups' worth, counted when the first group size is known.
+            Choose the sum of the servers' caps, or a little above it while rewards take time.
+        schedule_policy: ``least_request`` sends to the server with the least outstanding ÷ cap;
+            ``round_robin`` takes strict turns, which leaves servers idle behind long answers.
+        max_requests_per_server: Requests in flight on one server (its cap). One number, or one by
+            address; None asks the server (vLLM ``max_num_seqs``), else 256. Never set it below
+            what the server can run: that costs its full shortfall.
+        straggler_policy: What happens when a long rollout would be overtaken. ``wait`` (default):
+            batches leave in permit order, and no consumed token is ever older than
+            ``max_staleness``. ``keep``: AReaL's behaviour; younger ones overtake, and violations
+            are counted.
+        queue_size: Prompts taken from the caller and not yet started, in groups. None: twice
+            ``(max_staleness + 1) * consumer_batch_size``, so that a whole window can be queued.
+        seed: Of the order within a batch.
+        model: Name to put into requests; None asks the server.
+        vocab_size: Token ids must be below it; None asks the server, and checks nothing where it
+            does not say.
+        headers: Sent with every request (authentication); never logged.
+        max_consecutive_failures: Groups that may fail in a row before a waiting call ends with
+            TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
+        max_interruptions: How often one generation may be aborted by its server and sent again.
+        rollout_timeout_s: Deadline of one rollout, from its start to its settlement.
+        segment_timeout_s: Deadline of one generation request.
+        connect_timeout_s: Name resolution, TCP and TLS.
+        control_timeout_s: One request that pauses or resumes a server.
+        update_timeout_s: One request that loads weights.
+        abort_timeout_s: One request that aborts another; nothing waits longer for it.
+        health_timeout_s: One health check. SGLang's takes a second when idle.
+        setup_timeout_s: Until all servers answer at the start.
+        close_timeout_s: For running rollouts to leave when the executor closes.
+        response_size_bytes: Answers above this are refused.
+        min_updated: Servers that must take a weight update for the version to advance. None: all.
+    """
+
+    servers: Sequence[str] = ()
+    backend: Backend = "vllm"
+    consumer_batch_size: int = 1
+    max_staleness: int = 0
+    max_concurrent_rollouts: int | None = None
+    schedule_policy: SchedulePolicyName = "least_request"
+    max_requests_per_server: int | Mapping[str, int] | None = None
+    straggler_policy: StragglerPolicy = "wait"
+    queue_size: int | None = None
+    seed: int = 0
+    model: str | None = None
+    vocab_size: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    max_consecutive_failures: int = 64
+    max_interruptions: int = 1000
+    rollout_timeout_s: float = 7200.0
+    segment_timeout_s: float = 3600.0
+    connect_timeout_s: float = 10.0
+    control_timeout_s: float = 60.0
+    update_timeout_s: float = 600.0
+    abort_timeout_s: float = 2.0
+    health_timeout_s: float = 10.0
+    setup_timeout_s: float = 300.0
+    close_timeout_s: float = 10.0
+    response_size_bytes: int = 256 * 2**20
+    min_updated: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.servers, str):
+            raise ConfigError("servers must be a list of URLs, not one string")
+        object.__setattr__(self, "servers", tuple(normalise_address(s) for s in self.servers))
+        self._check_servers()
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
+        _one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
+        self._check_counts()
+        self._check_caps()
+        for name in (f.name for f in fields(self) if f.name.endswith("_timeout_s")):
+            _finite_positive(name, getattr(self, name))
+
+    def _check_servers(self) -> None:
+        twice = sorted({s for s in self.servers if list(self.servers).count(s) > 1})
+        if twice:
+            raise ConfigError(f"servers are named twice: {', '.join(twice)}; name each once")
+
+    def _check_counts(self) -> None:
+        for name, least in (
+            ("consumer_batch_size", 1),
+            ("max_staleness", 0),
+            ("max_concurrent_rollouts", 1),
+            ("queue_size", 1),
+            ("vocab_size", 1),
+            ("max_consecutive_failures", 1),
+            ("max_interruptions", 0),
+            ("response_size_bytes", 1024),
+            ("min_updated", 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL_COUNTS:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if self.min_updated is not None and self.servers and self.min_updated > len(self.servers):
+            raise ConfigError(
+                f"min_updated is {self.min_updated}, but there are only {len(self.servers)} servers"
+            )
+
+    def _check_caps(self) -> None:
+        caps = self.max_requests_per_server
+        if isinstance(caps, Mapping):
+            named = {normalise_address(s): cap for s, cap in caps.items()}
+            unknown = sorted(set(named) - set(self.servers))
+            if unknown:
+                raise ConfigError(
+                    f"max_requests_per_server names servers that are not in servers: "
+                    f"{', '.join(unknown)}"
+                )
+            object.__setattr__(self, "max_requests_per_server", named)
+        for cap in caps.values() if isinstance(caps, Mapping) else [caps]:
+            if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
+                raise ConfigError(
+                    f"max_requests_per_server must be an integer of at least 1, not {cap!r}"
+                )
+
+    def cap_of(self, server: str) -> int | None:
+        """The cap configured for a server; None where the server is to be asked."""
+        caps = self.max_requests_per_server
+        return caps.get(server) if isinstance(caps, Mapping) else caps
+
+    @property
+    def pending_limit(self) -> int:
+        """Groups that may be queued ahead of admission."""
+        if self.queue_size is not None:
+            return self.queue_size
+        return 2 * (self.max_staleness + 1) * self.consumer_batch_size
+
+    def segment_limits(self) -> TimeLimits:
+        """The limits of a generation request: the answer comes all at once, at its end."""
+        return TimeLimits.of(self.segment_timeout_s, connect_s=self.connect_timeout_s)
+
+    def control_limits(self, total_s: float) -> TimeLimits:
+        """The limits of a control request of at most ``total_s`` seconds."""
+        return TimeLimits.of(total_s, connect_s=self.connect_timeout_s)
+
+
+_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size", "min_updated"}
+
+
+def normalise_address(server: str) -> str:
+    """Return ``scheme://host:port`` without a trailing slash, so that one server has one name.
+
+    Raises:
+        ConfigError: If it is not an http(s) URL with a host, or carries a query or a fragment.
+    """
+    if not isinstance(server, str):
+        raise ConfigError(f"a server is a URL such as http://10.0.0.1:8000, not {server!r}")
+    try:
+        parts = urlsplit(server.strip())
+        port = parts.port
+    except ValueError as exc:
+        raise ConfigError(f"{server!r} is not a server's URL: {exc}") from exc
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{server!r} is not a server's URL; write http://host:port")
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise ConfigError(
+            "a server's URL has no query, fragment or credentials; put credentials into headers"
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    authority = host if port is None else f"{host}:{port}"
+    return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}"
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _finite_positive(name: str, value: object) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ConfigError(f"{name} must be a finite number of seconds above 0, not {value!r}")
