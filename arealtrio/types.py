@@ -102,8 +102,8 @@ class GenerationHyperparameters:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop: str | Sequence[str] = self.stop  # a caller may well write stop="…"
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         self._check(self.n_samples >= 1, "n_samples must be at least 1")
         self._check(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         self._check(0 <= self.min_new_tokens <= self.max_new_tokens,
@@ -135,7 +135,7 @@ class ModelRequest:
     Args:
         input_ids: int32[P], the prompt's token ids; anything ``as_token_ids`` takes.
         gconfig: How to sample.
-        rid: The request's id; every segment's id on a server is derived from it. Empty: a fresh one.
+        rid: The request's id; each segment's id on a server derives from it. Empty: a fresh one.
         session: Requests that share a prefix (turns of one conversation, members of a group) share
             this key, so that they may find their prefix in one server's cache. None: no preference.
         metadata: Carried along untouched, never sent.

@@ -1,8 +1,8 @@
-"""What a server's dialect must be able to say. A dialect is pure: it builds requests, reads answers.
+"""What a server's dialect must be able to say: requests built, answers read, nothing sent.
 
 Each operation is a pair: ``x(…) -> HttpRequest`` and ``parse_x(HttpResponse) -> …``. Every
-``parse_x`` first maps the status (4xx: RequestRejected, 5xx: ServerError), then raises ProtocolError
-for a body that does not follow the dialect. No error message carries a payload.
+``parse_x`` first maps the status (4xx: RequestRejected, 5xx: ServerError), then raises
+ProtocolError for a body that does not follow the dialect. No error message carries a payload.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..types import (
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens ``start … end-1`` of one answer were made by ``version``; None: a label we cannot read."""
+    """Tokens ``start … end-1`` were made by ``version``; None is a label that is no integer."""
 
     version: int | None
     start: int
@@ -132,13 +132,13 @@ class Dialect(Protocol):
         """Go on generating; harmless when not paused."""
 
     def load_weights(self, path: str, version: int) -> Sequence[HttpRequest]:
-        """The requests, in order, that load weights from disk, drop the prefix cache and set the label.
+        """The requests, in order: load weights from disk, drop the prefix cache, set the label.
 
         The label comes last: a server that carries it has everything before it.
         """
 
     def parse_control(self, response: HttpResponse) -> None:
-        """Read the answer to abort, pause, resume or one step of load_weights; raise where it failed."""
+        """Read the answer to abort, pause, resume or a step of load_weights; raise if it failed."""
 
     def health(self) -> HttpRequest:
         """Ask whether the server is alive."""
