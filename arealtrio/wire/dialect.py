@@ -137,6 +137,9 @@ class Dialect(Protocol):
         The label comes last: a server that carries it has everything before it.
         """
 
+    def label_weights(self, version: int) -> HttpRequest:
+        """Set the version label alone, for weights that came another way, or none at the start."""
+
     def parse_control(self, response: HttpResponse) -> None:
         """Read the answer to abort, pause, resume or a step of load_weights; raise if it failed."""
 
