@@ -1,0 +1,330 @@
+"""Build the rows a trainer learns from: out of responses, or out of whatever a workflow returned.
+
+Below ``workflow`` and ``trajectory``, which both need it and do not import each other.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidRequest, WorkflowError
+from .types import (
+    INT32_MAX,
+    PROMPT_VERSION,
+    Float32Array,
+    Int32Array,
+    ModelResponse,
+    TokenIds,
+    Trajectory,
+    as_token_ids,
+)
+
+AREAL_KEYS = ("input_ids", "loss_mask", "logprobs", "versions", "attention_mask", "rewards")
+INTEGER_KEYS = ("input_ids", "loss_mask", "versions", "attention_mask")
+
+# What a batch's dicts already use; an extra of such a name would overwrite a column.
+RESERVED_NAMES = frozenset((*AREAL_KEYS, "group_ids", "cu_seqlens", "max_seqlen"))
+
+EXPECTED = (
+    "a workflow returns a Trajectory, a non-empty sequence of them, a dict of [batch, seq] arrays "
+    f"({', '.join(AREAL_KEYS)}; rewards is [batch]), or None to reject the rollout"
+)
+
+
+def as_reward(value: object) -> float:
+    """Return a reward as a float; a wrong one is the workflow's error, never a silent 0.
+
+    Args:
+        value: A finite real number, a bool, or an array or tensor of no dimension holding one.
+
+    Raises:
+        WorkflowError: For anything else, infinities and NaN included.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise WorkflowError(f"a reward must be a number, not a {type(value).__name__}")
+    reward = float(value)
+    if not np.isfinite(reward):
+        raise WorkflowError(f"a reward must be finite, not {reward}")
+    return reward
+
+
+def as_column(name: str, value: object) -> npt.NDArray[Any]:
+    """Return numbers as a C-contiguous int32 or float32 array, the two dtypes a batch holds.
+
+    Args:
+        name: For the error.
+        value: Booleans, integers within int32, or floats; an array, a CPU tensor or nested lists.
+
+    Raises:
+        WorkflowError: For another dtype, ragged lists, or an integer outside int32.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as exc:  # RuntimeError: a tensor that needs grad
+        raise WorkflowError(f"{name} is not an array of numbers") from exc
+    if array.dtype.kind == "f":
+        return np.ascontiguousarray(array, dtype=np.float32)
+    if array.dtype.kind not in "biu":
+        raise WorkflowError(f"{name} must hold integers or floats, not {array.dtype}")
+    if array.size and (int(array.min()) < -INT32_MAX - 1 or int(array.max()) > INT32_MAX):
+        raise WorkflowError(f"{name} holds an integer outside int32")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+class RowBuilder:
+    """One row in the making: prompts and answers appended in the order the model saw them.
+
+    Token-in-token-out: what the model read and wrote goes into the row as it was, and is never
+    decoded and encoded again, which can give other tokens than those whose logprobs are known.
+    An error leaves the row as it was.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[Int32Array] = []
+        self._masks: list[Int32Array] = []
+        self._logprobs: list[Float32Array] = []
+        self._versions: list[Int32Array] = []
+        self._length = 0
+        self._exact = True
+
+    def __len__(self) -> int:
+        """The tokens so far."""
+        return self._length
+
+    @property
+    def input_ids(self) -> Int32Array:
+        """int32[T], the tokens so far: what the next request's ``input_ids`` must be."""
+        return np.concatenate(self._ids) if self._ids else np.empty(0, dtype=np.int32)
+
+    def append_prompt(self, token_ids: TokenIds) -> Self:
+        """Append tokens that no model made: masked 0, logprob 0, version -1.
+
+        Args:
+            token_ids: int32[P]; a prompt, a user's turn, a tool's answer.
+
+        Raises:
+            InvalidRequest: If they are no token ids.
+        """
+        ids = as_token_ids(token_ids, "prompt tokens")
+        self._append(
+            ids,
+            np.zeros(len(ids), dtype=np.int32),
+            np.zeros(len(ids), dtype=np.float32),
+            np.full(len(ids), PROMPT_VERSION, dtype=np.int32),
+        )
+        return self
+
+    def append_response(self, response: ModelResponse) -> Self:
+        """Append the tokens a model made: masked 1, with their logprobs and versions.
+
+        Args:
+            response: Its prompt must be exactly the tokens so far. On an empty row its prompt is
+                appended first.
+
+        Raises:
+            WorkflowError: If the model read another prompt than the row holds, or the response's
+                vectors differ in length.
+        """
+        self._check(response)
+        if not self._length:
+            self.append_prompt(response.input_tokens)
+        self._append(
+            response.output_tokens,
+            np.ones(response.output_len, dtype=np.int32),
+            response.output_logprobs,
+            response.output_versions,
+        )
+        self._exact = self._exact and response.versions_exact
+        return self
+
+    def build(
+        self, reward: float, *, extras: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> Trajectory:
+        """Return the row; the builder may go on and build a longer one.
+
+        Args:
+            reward: Of the whole row, finite.
+            extras: Further vectors of the row's length, int32 or float32 after conversion.
+
+        Raises:
+            WorkflowError: For a reward that is no finite number, an empty row or a wrong extra.
+        """
+        if not self._length:
+            raise WorkflowError("a row needs at least one token: append a prompt or a response")
+        row = Trajectory(
+            input_ids=self.input_ids,
+            loss_mask=np.concatenate(self._masks),
+            logprobs=np.concatenate(self._logprobs),
+            versions=np.concatenate(self._versions),
+            reward=as_reward(reward),
+            versions_exact=self._exact,
+            extras=dict(extras or {}),
+        )
+        return _with_clean_extras(row)
+
+    def _check(self, response: ModelResponse) -> None:
+        lengths = {
+            len(response.output_tokens),
+            len(response.output_logprobs),
+            len(response.output_versions),
+        }
+        if len(lengths) != 1:
+            raise WorkflowError("the response's tokens, logprobs and versions differ in length")
+        if self._length and not np.array_equal(response.input_tokens, self.input_ids):
+            raise WorkflowError(
+                f"the response answers a prompt of {response.input_len} tokens that is not this "
+                f"row's {self._length}: send the builder's input_ids as the request's"
+            )
+
+    def _append(
+        self, ids: Int32Array, mask: Int32Array, logprobs: Float32Array, versions: Int32Array
+    ) -> None:
+        self._ids.append(ids)
+        self._masks.append(mask)
+        self._logprobs.append(logprobs)
+        self._versions.append(versions)
+        self._length += len(ids)
+
+
+def trajectory_from_response(
+    response: ModelResponse,
+    reward: float,
+    *,
+    extras: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> Trajectory:
+    """Return one generation as a row: the prompt masked out, the answer to be learnt from.
+
+    Args:
+        response: Of ``engine.agenerate``.
+        reward: Of the whole row, finite.
+        extras: Further vectors of length P + N, int32 or float32 after conversion.
+
+    Returns:
+        A row of T = P + N tokens. On the P prompt tokens ``loss_mask`` is 0, ``logprobs`` 0.0 and
+        ``versions`` -1, as in AReaL.
+
+    Raises:
+        WorkflowError: For a reward that is no finite number, or a wrong extra.
+    """
+    return RowBuilder().append_response(response).build(reward, extras=extras)
+
+
+def rows_from_result(result: object) -> tuple[Trajectory, ...]:
+    """Return the rows of whatever a workflow may return.
+
+    Args:
+        result: None, a Trajectory, a non-empty sequence of them, or AReaL's dict: ``input_ids``,
+            ``loss_mask``, ``logprobs``, ``versions`` and ``attention_mask`` of one shape
+            [batch, seq], ``rewards`` [batch], and any further [batch, seq] numbers as extras. Its
+            padding, on either side, is cut away by ``attention_mask``.
+
+    Returns:
+        The rows; none where the result is None, which means the rollout is rejected.
+
+    Raises:
+        WorkflowError: For anything else. The message says what is expected, and shows no data.
+    """
+    if result is None:
+        return ()
+    if isinstance(result, Trajectory):
+        return (_with_clean_extras(result),)
+    if isinstance(result, Mapping):
+        return _rows_from_dict(result)
+    if isinstance(result, Sequence) and not isinstance(result, str | bytes | bytearray):
+        return _rows_from_sequence(result)
+    raise WorkflowError(f"{EXPECTED}; not a {type(result).__name__}")
+
+
+def _rows_from_sequence(result: Sequence[object]) -> tuple[Trajectory, ...]:
+    if not result:
+        raise WorkflowError(f"{EXPECTED}; not an empty {type(result).__name__}")
+    return tuple(_with_clean_extras(row) for row in result)
+
+
+def _with_clean_extras(row: object) -> Trajectory:
+    """A row whose extras have a batch's dtypes and no name of its columns."""
+    if not isinstance(row, Trajectory):
+        raise WorkflowError(f"{EXPECTED}; not a sequence with a {type(row).__name__}")
+    check_extra_names(row.extras)
+    clean = {name: as_column(f"extra {name!r}", extra) for name, extra in row.extras.items()}
+    if all(clean[name] is row.extras[name] for name in clean):
+        return row
+    return replace(row, extras=clean)
+
+
+def check_extra_names(names: Iterable[str]) -> None:
+    """Raise WorkflowError where an extra would take the name of one of a batch's own columns."""
+    taken = sorted(RESERVED_NAMES.intersection(names))
+    if taken:
+        raise WorkflowError(
+            f"extras can not be called {', '.join(taken)}: a batch has these itself"
+        )
+
+
+def _rows_from_dict(result: Mapping[Any, Any]) -> tuple[Trajectory, ...]:
+    missing = [key for key in AREAL_KEYS if key not in result]
+    if missing:
+        raise WorkflowError(f"{EXPECTED}; {', '.join(missing)} missing in the dict")
+    columns = {str(key): as_column(str(key), value) for key, value in result.items()}
+    rewards = columns.pop("rewards")
+    shape = columns["input_ids"].shape
+    if len(shape) != 2 or shape[0] == 0:
+        raise WorkflowError(f"{EXPECTED}; input_ids has the shape {list(shape)}")
+    _check_shapes(columns, rewards, shape)
+    mask = columns.pop("attention_mask").astype(bool)
+    check_extra_names(key for key in columns if key not in AREAL_KEYS)
+    return tuple(_row_of_dict(columns, mask[b], rewards[b], b) for b in range(shape[0]))
+
+
+def _check_shapes(
+    columns: Mapping[str, npt.NDArray[Any]], rewards: npt.NDArray[Any], shape: tuple[int, ...]
+) -> None:
+    for key, column in columns.items():
+        if column.shape != shape:
+            raise WorkflowError(
+                f"{key} has the shape {list(column.shape)}, but input_ids {list(shape)}"
+            )
+        if key in INTEGER_KEYS and column.dtype != np.int32:
+            raise WorkflowError(f"{key} must hold integers, not {column.dtype}")
+    if rewards.shape != shape[:1]:
+        raise WorkflowError(
+            f"rewards has the shape {list(rewards.shape)}, but there are {shape[0]} rows"
+        )
+
+
+def _row_of_dict(
+    columns: Mapping[str, npt.NDArray[Any]], mask: npt.NDArray[np.bool_], reward: object, b: int
+) -> Trajectory:
+    kept = _kept(mask, b)
+    fields = {key: column[b, kept] for key, column in columns.items()}
+    try:
+        ids = as_token_ids(fields.pop("input_ids"))
+    except InvalidRequest as exc:
+        raise WorkflowError(f"row {b}: {exc}") from exc
+    return Trajectory(
+        input_ids=ids,
+        loss_mask=fields.pop("loss_mask"),
+        logprobs=fields.pop("logprobs"),
+        versions=fields.pop("versions"),
+        reward=as_reward(reward),
+        extras=fields,
+    )
+
+
+def _kept(mask: npt.NDArray[np.bool_], b: int) -> slice:
+    """Where row b is. With its middle cut out, its logprobs would be of another context."""
+    seen = np.flatnonzero(mask)
+    if not seen.size:
+        raise WorkflowError(f"attention_mask shows no token of row {b}")
+    kept = slice(int(seen[0]), int(seen[-1]) + 1)
+    if kept.stop - kept.start != seen.size:
+        raise WorkflowError(f"attention_mask has holes inside row {b}; it may only cut off padding")
+    return kept
