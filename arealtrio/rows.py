@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from .types import (
     Trajectory,
     as_token_ids,
 )
+
+# What ``arun_episode`` may return; ``rows_from_result`` reads it.
+WorkflowResult: TypeAlias = Trajectory | Sequence[Trajectory] | Mapping[str, Any] | None
 
 AREAL_KEYS = ("input_ids", "loss_mask", "logprobs", "versions", "attention_mask", "rewards")
 INTEGER_KEYS = ("input_ids", "loss_mask", "versions", "attention_mask")

@@ -279,7 +279,7 @@ class Batch:
         return to_torch(self.padded(pad_id, buffers=buffers))
 
     def staleness(self) -> Int32Array:
-        """int32[B]: the consuming version less that of the row's oldest token; 0 where it has none."""
+        """int32[B]: the consuming version less the row's oldest token's; 0 where it has none."""
         return np.array([self._age(row.head_version) for row in self.rows], dtype=np.int32)
 
     def staleness_histogram(
