@@ -111,7 +111,17 @@ class ConnectFailed(TransportError):
 
 
 class TransportTimeout(TransportError):
-    """A named limit passed before the answer was whole."""
+    """A named limit passed before the answer was whole.
+
+    Args:
+        message: Which limit, of which server.
+        request_sent: As for TransportError.
+        limit: The field of TimeLimits that passed.
+    """
+
+    def __init__(self, message: str, *, request_sent: bool = True, limit: str = "total_s") -> None:
+        super().__init__(message, request_sent=request_sent)
+        self.limit = limit
 
 
 class ResponseTooLarge(TransportError):

@@ -1,0 +1,318 @@
+"""One request and its answer on one connection: the named limits, the error mapping, the release."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final, TypeVar
+
+import trio
+
+from ..errors import (
+    ArealTrioError,
+    ProtocolError,
+    ResponseTooLarge,
+    RolloutClosed,
+    TransportError,
+    TransportTimeout,
+    UsageError,
+)
+from ..types import HttpResponse, TimeLimits
+from .connection import Connection
+from .pool import Pool
+
+T = TypeVar("T")
+
+
+class Exchange:
+    """Owns ``connection`` from its making to ``release()``, which is synchronous and may be repeated.
+
+    Args:
+        pool: Where the connection goes back to.
+        connection: Active in the pool; nothing outstanding on it.
+        limits: Of the whole exchange.
+        deadline: ``trio.current_time()`` at which ``limits.total_s`` passes.
+        size_bytes_max: Largest body taken.
+        method: Of the request: it decides whether the answer has a body, and names the exchange in
+            errors.
+        path: Names the exchange in errors.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_connection",
+        "_deadline",
+        "_limits",
+        "_method",
+        "_parser",
+        "_path",
+        "_pool",
+        "_released",
+        "_scope",
+        "_send_error",
+        "_sent",
+        "_sent_event",
+        "_size_bytes_max",
+        "_some_sent",
+    )
+
+    def __init__(
+        self,
+        pool: Pool,
+        connection: Connection,
+        limits: TimeLimits,
+        deadline: float,
+        size_bytes_max: int,
+        method: str,
+        path: str,
+    ) -> None:
+        self._pool: Final = pool
+        self._connection: Final = connection
+        self._parser: Final = connection.parser
+        self._limits: Final = limits
+        self._deadline: Final = deadline
+        self._size_bytes_max: Final = size_bytes_max
+        self._method: Final = method
+        self._path: Final = path
+        self._some_sent = False
+        self._sent = False
+        self._answered = False  # whether a byte of the answer is there
+        self._released = False
+        self._scope: trio.CancelScope | None = None  # of the wait in progress
+        self._sent_event: trio.Event | None = None  # only where the request needs more than a write
+        self._send_error: BaseException | None = None
+        self._parser.start(body_expected=method != "HEAD")
+
+    # The answer.
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self._parser.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Lower-case name to joined values."""
+        return self._parser.headers()
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers as they came."""
+        return self._parser.raw_headers
+
+    async def start(self, head: bytes, body: bytes) -> None:
+        """Send the request and read the answer's head.
+
+        If it does not succeed, also by cancellation, the connection is closed.
+
+        Raises:
+            TransportError: Among others with ``request_sent=False``, which allows a second try.
+        """
+        try:
+            sent = self._send_nowait(head, body)
+            if sent == len(head) + len(body):
+                self._sent = True
+                await self._read_head()
+            else:
+                await self._read_head_while_sending(memoryview(head + body)[sent:])
+        except BaseException:
+            self._give_up()
+            raise
+
+    async def response(self) -> HttpResponse:
+        """Read to the end and return the whole answer."""
+        while not self._parser.complete:
+            await self._read_some()
+        return HttpResponse(self.status, self.headers, self._parser.take_body())
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body in pieces; see StreamedResponse."""
+        return _Chunks(self)
+
+    async def next_chunk(self) -> bytes:
+        """The next piece of the body; empty at its end."""
+        if self._released:
+            raise UsageError("the body of an answer is read before its `async with` is left")
+        while True:
+            body = self._parser.take_body()
+            if body or self._parser.complete:
+                return body
+            await self._read_some()
+
+    def release(self) -> None:
+        """Give the connection back if nothing is outstanding on it, else close it."""
+        if self._released:
+            return
+        parser = self._parser
+        if (
+            self._sent
+            and parser.complete
+            and parser.keep_alive
+            and not parser.excess
+            and not self._connection.closed
+        ):
+            self._released = True
+            self._pool.put(self._connection, trio.current_time())
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        if not self._released:
+            self._released = True
+            self._pool.discard(self._connection)
+
+    # Sending.
+
+    def _send_nowait(self, head: bytes, body: bytes) -> int:
+        try:
+            sent = self._connection.send_nowait(head, body)
+        except OSError as exc:
+            raise TransportError(
+                f"{self}: the connection was dead before the request went out", request_sent=False
+            ) from exc
+        self._some_sent = sent > 0
+        return sent
+
+    async def _read_head_while_sending(self, rest: memoryview) -> None:
+        """A server may answer before it has read all of a large body, and not read the rest.
+
+        So both directions are served at once, until the status is known: on an error status the
+        rest is not sent, on success it is, before the answer's body is read.
+        """
+        failure: ArealTrioError | None = None
+        self._sent_event = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_rest, rest)
+            try:
+                await self._read_head()
+                if self.status < 300:
+                    await self._bounded(self._sent_event.wait)
+            except ArealTrioError as exc:
+                failure = exc  # raised below: from in here it would come out in an ExceptionGroup
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # it refers to this frame through its traceback
+
+    async def _send_rest(self, rest: memoryview) -> None:
+        """Send, and leave the word on an error to the reader: the answer may be on its way."""
+        assert self._sent_event is not None
+        self._some_sent = True
+        try:
+            await self._connection.send(rest, self._extend)
+            self._sent = True
+            self._extend()
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            self._send_error = exc
+        self._sent_event.set()
+
+    # Waiting, each wait under the limit of its phase.
+
+    async def _read_head(self) -> None:
+        while not self._parser.head_complete:
+            await self._read_some()
+
+    async def _read_some(self) -> None:
+        """Feed the parser what arrives next, or the end of the stream."""
+        data = await self._receive()
+        self._answered = True
+        if not data:
+            self._end_of_stream()
+            return
+        try:
+            self._parser.feed(data)
+        except ProtocolError as exc:
+            raise ProtocolError(f"{self}: {exc}") from exc.__cause__
+        if self._parser.head_complete:
+            self._check_size()
+
+    async def _receive(self) -> bytes:
+        try:
+            return await self._bounded(self._connection.receive)
+        except trio.ClosedResourceError as exc:
+            raise self._closed_by_us() from exc
+        except (OSError, trio.BrokenResourceError) as exc:
+            raise self._broken_off(exc) from exc
+
+    async def _bounded(self, operation: Callable[[], Awaitable[T]]) -> T:
+        if self._connection.closed:
+            raise self._closed_by_us()
+        # trio does not cancel a wait that is ready at once, so a flood would outrun its deadline.
+        if trio.current_time() < self._deadline:
+            with trio.CancelScope(deadline=self._next_deadline()) as self._scope:
+                return await operation()
+        raise TransportTimeout(
+            f"{self}: {self._passed()}", request_sent=self._some_sent, limit=self._phase()[0]
+        )
+
+    def _phase(self) -> tuple[str, float]:
+        if trio.current_time() >= self._deadline:
+            return "total_s", self._limits.total_s
+        if self._sent and not self._answered:
+            return "first_byte_s", self._limits.first_byte_s
+        return "idle_s", self._limits.idle_s
+
+    def _next_deadline(self) -> float:
+        return min(trio.current_time() + self._phase()[1], self._deadline)
+
+    def _extend(self) -> None:
+        """Some of the request went out: the reader's wait starts anew."""
+        if self._scope is not None:
+            self._scope.deadline = self._next_deadline()
+
+    # What went wrong.
+
+    def __str__(self) -> str:
+        return f"{self._method} {self._path} of {self._connection.origin.url}"
+
+    def _passed(self) -> str:
+        name, seconds = self._phase()
+        what = {
+            "total_s": "the answer was not whole",
+            "first_byte_s": "no answer came",
+            "idle_s": "nothing more came"
+            if self._sent
+            else "the server took no more of the request",
+        }[name]
+        return f"{what} within {name} = {seconds:g} s"
+
+    def _check_size(self) -> None:
+        size = max(self._parser.body_size_bytes, self._parser.content_length())
+        if size > self._size_bytes_max and self._method != "HEAD":
+            raise ResponseTooLarge(
+                f"{self}: an answer of {size} bytes or more, and {self._size_bytes_max} are allowed"
+            )
+
+    def _end_of_stream(self) -> None:
+        if not self._parser.finish():
+            raise self._broken_off(self._send_error) from self._send_error
+
+    def _broken_off(self, exc: BaseException | None) -> TransportError:
+        reason = f" ({type(exc).__name__})" if exc is not None else ""
+        if self._parser.head_complete:
+            where = f"after {self._parser.body_size_bytes} bytes of the answer's body"
+        else:
+            where = "before the answer's headers were whole"
+        return TransportError(f"{self}: the server closed the connection {where}{reason}")
+
+    def _closed_by_us(self) -> RolloutClosed:
+        return RolloutClosed(f"{self}: the transport was closed while this request was in flight")
+
+
+class _Chunks:
+    """Not an async generator: those want closing, and a body left half-read needs none."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __aiter__(self) -> _Chunks:
+        return self
+
+    async def __anext__(self) -> bytes:
+        chunk = await self._exchange.next_chunk()
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
