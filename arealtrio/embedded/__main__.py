@@ -1,0 +1,48 @@
+"""``python -m arealtrio.embedded``: one server as a process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from ..errors import ConfigError
+from .sampling import LogprobsMode
+from .serve import main
+from .settings import DialectName, ServerSettings
+
+
+@click.command()
+@click.option("--weights", type=click.Path(path_type=Path), required=True,
+              help="Directory with the first weights.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=0, show_default=True, help="0 takes a free one.")
+@click.option("--served-model-name", default="tiny", show_default=True)
+@click.option("--max-num-seqs", default=8, show_default=True, help="Sequences decoded at once.")
+@click.option("--token-time-s", default=0.0, show_default=True, help="Seconds of a decode step.")
+@click.option("--max-model-len", default=2048, show_default=True, help="Prompt and answer, tokens.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--logprobs-mode", type=click.Choice(get_args(LogprobsMode)),
+              default="raw_logprobs", show_default=True)  # fmt: skip
+@click.option("--dialect", type=click.Choice(get_args(DialectName)), default="vllm",
+              show_default=True)  # fmt: skip
+@click.option("--exit-with-parent", is_flag=True,
+              help="End when standard input ends, that is, when the parent has died.")  # fmt: skip
+def command(exit_with_parent: bool, **values: Any) -> None:
+    """Serve a tiny real model; print one line with the address when it listens."""
+    try:
+        settings = ServerSettings(**values)
+        code = main(settings, on_listening=_announce, exit_with_parent=exit_with_parent)
+    except (ConfigError, OSError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    sys.exit(code)
+
+
+def _announce(url: str) -> None:
+    click.echo(f"listening on {url}")
+
+
+if __name__ == "__main__":
+    command(prog_name="python -m arealtrio.embedded")

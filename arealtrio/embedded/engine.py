@@ -1,0 +1,238 @@
+"""The decode loop around the scheduler, and what a request handler holds while it waits for tokens.
+
+The scheduler decides, the engine gives it time: it sleeps until there is work, takes one decode step
+per ``token_time_s``, and wakes the handlers. All methods but ``run``, ``pause``, ``reload`` and
+``Generation.wait_*`` are synchronous, so nothing happens between a decision and its effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as SequenceOf
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from ..types import PauseMode
+from .sampling import SamplingParams
+from .scheduler import Model, Scheduler
+from .sequence import Sequence
+
+
+class Generation:
+    """The sequences of one HTTP request. Leaving the ``with`` block drops those still unfinished.
+
+    That release is synchronous, so it works in a cancelled scope too: a handler whose client went
+    away leaves no sequence behind.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.sequences: list[Sequence] = []
+        self._engine = engine
+        self._progress = trio.Event()
+        self._finished = trio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.discard(self)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has finished."""
+        return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine died under it."""
+        return any(sequence.finish_reason == "error" for sequence in self.sequences)
+
+    async def wait_finished(self) -> None:
+        """Return when every sequence has finished."""
+        await self._finished.wait()
+
+    async def wait_progress(self) -> None:
+        """Return when there is a new token or an end since the last return."""
+        await self._progress.wait()
+        self._progress = trio.Event()
+
+    def on_token(self, _: Sequence) -> None:
+        """Wake whoever streams; the scheduler calls it."""
+        self._progress.set()
+
+    def on_finish(self, _: Sequence) -> None:
+        """Wake whoever waits; the scheduler calls it."""
+        self._progress.set()
+        if self.finished:
+            self._finished.set()
+
+
+class Engine:
+    """Drives a scheduler by trio's clock.
+
+    Args:
+        scheduler: The state machine; call the engine's methods rather than the scheduler's, or
+            nothing wakes the loop.
+        load_model: Reads weights from a directory, in a worker thread. It raises OSError or
+            ValueError for weights that are not there or not sound.
+        token_time_s: Seconds of one decode step; 0 yields to other tasks between steps only.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        load_model: Callable[[Path], Model],
+        *,
+        token_time_s: float = 0.0,
+    ) -> None:
+        self.scheduler = scheduler
+        self.token_time_s = token_time_s
+        self.sleep_level: int | None = None
+        self._load_model = load_model
+        self._work = trio.Event()  # set: look at the scheduler again
+        self._settled: set[trio.Event] = set()  # of callers of pause("wait")
+        self._loading = trio.Lock()  # weights arrive in the order they were asked for
+
+    async def run(self) -> None:
+        """Decode while there is work, sleep while there is none; return when the engine has died."""
+        while self.scheduler.state != "dead":
+            if self.scheduler.has_work:
+                await self._decode()
+            else:
+                await self._work.wait()
+                self._work = trio.Event()
+
+    async def _decode(self) -> None:
+        """Take steps on an absolute schedule until nothing is left to do.
+
+        The schedule is absolute so that small delays are made up for and the rate is exact; after a
+        stall longer than a step it starts anew, because a burst is nothing a real server does.
+        """
+        due = trio.current_time()
+        while self.scheduler.has_work:
+            due = max(due + self.token_time_s, trio.current_time())
+            await trio.sleep_until(due)
+            self.scheduler.step()
+            self._settle()
+
+    def generate(
+        self,
+        requests: SequenceOf[tuple[str, SequenceOf[int], SamplingParams]],
+    ) -> Generation:
+        """Queue the sequences of one HTTP request: all of them, or none if one is refused.
+
+        Args:
+            requests: Id, prompt and parameters of each.
+
+        Raises:
+            EngineDead: Nothing can be served any more.
+            InvalidRequest: A prompt is refused.
+        """
+        generation = Generation(self)
+        try:
+            for request_id, token_ids, params in requests:
+                generation.sequences.append(self._submit(generation, request_id, token_ids, params))
+        except BaseException:
+            self.discard(generation)
+            raise
+        self._changed()
+        return generation
+
+    def _submit(
+        self,
+        generation: Generation,
+        request_id: str,
+        token_ids: SequenceOf[int],
+        params: SamplingParams,
+    ) -> Sequence:
+        return self.scheduler.submit(
+            request_id,
+            token_ids,
+            params,
+            on_token=generation.on_token,
+            on_finish=generation.on_finish,
+        )
+
+    def discard(self, generation: Generation) -> None:
+        """Drop what is unfinished of it."""
+        for sequence in generation.sequences:
+            self.scheduler.discard(sequence)
+        self._changed()
+
+    def abort(self, request_ids: SequenceOf[str] | None = None) -> int:
+        """Finish sequences by id, or all; see ``Scheduler.abort``."""
+        count = self.scheduler.abort(request_ids)
+        self._changed()
+        return count
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop; in mode ``wait``, return when the running have finished or the pause was ended.
+
+        Cancelling the call leaves the pause in force.
+        """
+        self.scheduler.pause(mode)
+        self._changed()
+        if self._draining:
+            settled = trio.Event()
+            self._settled.add(settled)
+            try:
+                await settled.wait()
+            finally:
+                self._settled.discard(settled)
+
+    def resume(self) -> None:
+        """Go on."""
+        self.scheduler.resume()
+        self._changed()
+
+    async def sleep(self, level: int) -> None:
+        """Stop as for ``pause("abort")`` and remember the level."""
+        self.sleep_level = level
+        await self.pause("abort")
+
+    def wake_up(self) -> None:
+        """End ``sleep``; harmless when awake."""
+        self.sleep_level = None
+        self.resume()
+
+    async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:
+        """Read weights in a thread and put them in service between two tokens.
+
+        Args:
+            path: Directory that holds them.
+            version: Their label; None leaves the label.
+            fatal: Whether a failure poisons the engine, as it does in vLLM.
+
+        Raises:
+            OSError: They cannot be read; the old weights stay (or the engine is poisoned).
+            ValueError: They are not sound, or of another vocabulary; likewise.
+            EngineDead: It is too late.
+        """
+        async with self._loading:
+            try:
+                model = await trio.to_thread.run_sync(self._load_model, path)
+                self.scheduler.load_weights(model, version)
+            except (OSError, ValueError):
+                if fatal:
+                    self.scheduler.poison()
+                raise
+
+    @property
+    def _draining(self) -> bool:
+        return self.scheduler.pause_mode == "wait" and bool(self.scheduler.running)
+
+    def _changed(self) -> None:
+        self._work.set()
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._draining:
+            for event in self._settled:
+                event.set()

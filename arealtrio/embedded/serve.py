@@ -1,0 +1,247 @@
+"""Serve the embedded server over HTTP, inside a trio program or as a process of its own.
+
+hypercorn does the HTTP side on trio; this module gives it a socket, runs the decode loop beside it
+and ends both together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import hypercorn.trio
+import trio
+from hypercorn.config import Config, Sockets
+from starlette.applications import Starlette
+
+from .engine import Engine
+from .model import TinyModel
+from .scheduler import Scheduler
+from .settings import DialectName, ServerSettings
+from .vllm_app import vllm_app
+
+__all__ = ["RunningServer", "ServerSettings", "main", "running_server", "serve"]
+
+GRACE_S = 0.25  # for answers already made to be written after the server was told to stop
+KEEP_ALIVE_S = 75.0  # longer than a client keeps an idle connection, so that it closes first
+BACKLOG = 1024
+_APPS: dict[DialectName, Callable[[Engine, ServerSettings], Starlette]] = {"vllm": vllm_app}
+_LOG = logging.getLogger("arealtrio.embedded")
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that accepts connections.
+
+    Args:
+        url: Its base URL, without a slash at the end.
+        scheduler: What it runs; for looking only.
+        stop: Set it to end the server: requests in flight are answered with what they have.
+        stopped: Set when it has ended, for whatever reason.
+    """
+
+    url: str
+    scheduler: Scheduler
+    stop: trio.Event
+    stopped: trio.Event
+
+
+async def serve(
+    settings: ServerSettings,
+    *,
+    task_status: trio.TaskStatus[RunningServer] = trio.TASK_STATUS_IGNORED,
+) -> bool:
+    """Serve until told to stop, or until broken weights have killed the engine.
+
+    Cancelling ends it at once and resets the connections; ``RunningServer.stop`` ends it with
+    answers, within ``GRACE_S``. Either way no task, socket or request is left.
+
+    Args:
+        settings: What to serve.
+        task_status: For ``nursery.start``; gets the running server once it listens.
+
+    Returns:
+        True if it was told to stop; False if the engine died.
+
+    Raises:
+        OSError: The address is taken, or the weights cannot be read.
+        ValueError: The weights are not sound.
+    """
+    engine, listener = await _prepare(settings)
+    await _serve(engine, listener, settings, task_status=task_status)
+    return engine.scheduler.state != "dead"
+
+
+async def _serve(
+    engine: Engine,
+    listener: socket.socket,
+    settings: ServerSettings,
+    *,
+    task_status: trio.TaskStatus[RunningServer] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    server = RunningServer(_url(listener), engine.scheduler, trio.Event(), trio.Event())
+    http = partial(
+        hypercorn.trio.serve,
+        _APPS[settings.dialect](engine, settings),
+        _HttpConfig(listener),
+        shutdown_trigger=partial(_stopping, engine, server.stop),
+    )
+    try:
+        with listener:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_decode, engine, server.stop)
+                await nursery.start(http)
+                task_status.started(server)
+    finally:
+        server.stopped.set()
+
+
+async def _decode(engine: Engine, stop: trio.Event) -> None:
+    """Run the engine; when it dies, the server follows."""
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_when, stop, scope)
+            await engine.run()
+            nursery.cancel_scope.cancel()
+    if engine.scheduler.state == "dead":
+        _LOG.error("the engine died of weights that failed to load; the server stops")
+        stop.set()
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def _stopping(engine: Engine, stop: trio.Event) -> None:
+    """hypercorn's shutdown trigger: finish what is in flight, so that every handler can answer."""
+    await stop.wait()
+    engine.abort()
+
+
+async def _prepare(settings: ServerSettings) -> tuple[Engine, socket.socket]:
+    """Do what can fail for an ordinary reason, before any nursery wraps the reason in a group."""
+    model = await trio.to_thread.run_sync(TinyModel.load, settings.weights)
+    scheduler = Scheduler(
+        model,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        logprobs_mode=settings.logprobs_mode,
+        seed=settings.seed,
+    )
+    engine = Engine(scheduler, TinyModel.load, token_time_s=settings.token_time_s)
+    return engine, await _listen(settings)
+
+
+async def _listen(settings: ServerSettings) -> socket.socket:
+    """Bind before serving: so port 0 has a number, and a taken address is an ordinary OSError."""
+    family, _, _, _, address = (
+        await trio.socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+    )[0]
+    return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _HttpConfig(Config):
+    """hypercorn's configuration around a socket that is bound already.
+
+    Quiet: no access log, and errors go to this package's logger.
+    """
+
+    graceful_timeout = GRACE_S
+    keep_alive_timeout = KEEP_ALIVE_S
+    keep_alive_max_requests = sys.maxsize
+    include_server_header = False
+    backlog = BACKLOG
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__()
+        self.accesslog = None
+        self.errorlog = _LOG
+        self._listener = listener
+
+    def create_sockets(self) -> Sockets:
+        """Give the one socket; the road by ``fd://`` would leak it if start-up were cancelled."""
+        return Sockets(secure_sockets=[], insecure_sockets=[self._listener], quic_sockets=[])
+
+
+@asynccontextmanager
+async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServer]:
+    """Serve in the background of a block, on the caller's trio loop.
+
+    Leaving the block stops the server with answers to what is in flight, within ``GRACE_S``; a
+    cancelled block ends it at once.
+
+    Args:
+        settings: What to serve; port 0 suits tests.
+
+    Raises:
+        OSError: The address is taken, or the weights cannot be read.
+        ValueError: The weights are not sound.
+    """
+    engine, listener = await _prepare(settings)
+    async with trio.open_nursery() as nursery:
+        server: RunningServer = await nursery.start(_serve, engine, listener, settings)
+        try:
+            yield server
+        finally:
+            server.stop.set()
+
+
+def main(
+    settings: ServerSettings,
+    *,
+    on_listening: Callable[[str], None] | None = None,
+    exit_with_parent: bool = False,
+) -> int:
+    """Serve in this process until SIGTERM, SIGINT or the end of the engine; return its exit code.
+
+    Args:
+        settings: What to serve.
+        on_listening: Called with the URL once it accepts connections.
+        exit_with_parent: Also end when standard input reaches its end, which is when the process
+            that holds the other end of the pipe has died. Start it with ``stdin=PIPE``.
+
+    Returns:
+        0 after a signal, 1 if the engine died.
+    """
+    return trio.run(_run, settings, on_listening, exit_with_parent)
+
+
+async def _run(
+    settings: ServerSettings, on_listening: Callable[[str], None] | None, exit_with_parent: bool
+) -> int:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with running_server(settings) as server, trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, signals, server.stop)
+            if exit_with_parent:
+                nursery.start_soon(_stop_at_end_of_input, server.stop)
+            if on_listening is not None:
+                on_listening(server.url)
+            await server.stopped.wait()
+            nursery.cancel_scope.cancel()
+    return 1 if server.scheduler.state == "dead" else 0
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], stop: trio.Event) -> None:
+    async for _ in signals:
+        stop.set()
+
+
+async def _stop_at_end_of_input(stop: trio.Event) -> None:
+    """Nobody writes to that pipe; its end is the news."""
+    async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as pipe:
+        while await pipe.receive_some():
+            pass
+    stop.set()
