@@ -1,13 +1,14 @@
-"""The decode loop around the scheduler, and what a request handler holds while it waits for tokens.
+"""The decode loop around the scheduler, and what a handler holds while it waits for tokens.
 
-The scheduler decides, the engine gives it time: it sleeps until there is work, takes one decode step
-per ``token_time_s``, and wakes the handlers. All methods but ``run``, ``pause``, ``reload`` and
-``Generation.wait_*`` are synchronous, so nothing happens between a decision and its effect.
+The scheduler decides, the engine gives it time: it sleeps until there is work, takes one decode
+step per ``token_time_s``, and wakes the handlers. What only decides is synchronous, so nothing
+happens between a decision and its effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -101,7 +102,7 @@ class Engine:
         self._loading = trio.Lock()  # weights arrive in the order they were asked for
 
     async def run(self) -> None:
-        """Decode while there is work, sleep while there is none; return when the engine has died."""
+        """Decode while there is work, sleep while there is none; return when it has died."""
         while self.scheduler.state != "dead":
             if self.scheduler.has_work:
                 await self._decode()

@@ -1,4 +1,4 @@
-"""How one token is drawn from one row of logits: pure numpy, no state but the generator it is given.
+"""How one token is drawn from one row of logits: pure numpy, no state but the generator given.
 
 The order of the filters is vLLM's: penalties and bias change the logits, the temperature divides
 them, then min_p, top_k and top_p drop candidates, then one token is drawn.
@@ -103,8 +103,8 @@ def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     """
     wide = np.asarray(logits, dtype=np.float64)
     shifted = wide - wide.max(axis=-1, keepdims=True)
-    normaliser: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted - normaliser
+    normalised: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised
 
 
 def draw(

@@ -12,7 +12,8 @@ exactly once or is discarded by its owner.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence as SequenceOf
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -284,7 +285,7 @@ class Scheduler:
         return np.random.default_rng([abs(self._seed), self.counters.submitted])
 
     def _admit(self) -> None:
-        """Fill free slots from the head of the queue; called after every change that may free one."""
+        """Fill free slots from the head of the queue, after every change that may free one."""
         if self._pause_mode is not None:
             return
         while self._waiting and len(self._running) < self.max_num_seqs:

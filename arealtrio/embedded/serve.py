@@ -15,10 +15,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import hypercorn.trio
 import trio
 from hypercorn.config import Config, Sockets
+from hypercorn.typing import Framework
 from starlette.applications import Starlette
 
 from .engine import Engine
@@ -89,7 +91,7 @@ async def _serve(
     server = RunningServer(_url(listener), engine.scheduler, trio.Event(), trio.Event())
     http = partial(
         hypercorn.trio.serve,
-        _APPS[settings.dialect](engine, settings),
+        cast(Framework, _APPS[settings.dialect](engine, settings)),  # the same ASGI, other types
         _HttpConfig(listener),
         shutdown_trigger=partial(_stopping, engine, server.stop),
     )

@@ -345,7 +345,7 @@ class _Face:
 
     async def openapi(self, _: Request) -> Response:
         """The routes, so that a client sees what is there."""
-        paths = {
+        paths: Json = {
             route.path: {method.lower(): {} for method in sorted(route.methods - {"HEAD"})}
             for route in self.routes()
             if isinstance(route, Route) and route.methods is not None

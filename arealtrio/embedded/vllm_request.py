@@ -255,7 +255,7 @@ def _sampling(body: Body, loc: str, *, logprobs: int | None) -> SamplingParams:
         seed=_integer(body, "seed", None, loc),
         stop_token_ids=frozenset(
             _token_ids(body.get("stop_token_ids") or [], f"{loc}.stop_token_ids")
-        ),  # fmt: skip
+        ),
         ignore_eos=_flag(body, "ignore_eos", loc),
         logit_bias=_bias(body.get("logit_bias")),
         presence_penalty=_number(body, "presence_penalty", 0.0, loc),

@@ -1,12 +1,13 @@
 """The shapes vLLM answers in: pure functions from sequences to plain data.
 
 Every shape has the keys of the recordings in tests/golden/vllm-0.32.0. There is no tokenizer, so
-``text`` is empty and a token's text too, unless ``return_tokens_as_token_ids`` asks for ids instead.
+``text`` is empty, and so is a token's, unless ``return_tokens_as_token_ids`` asks for ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
