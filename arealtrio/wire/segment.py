@@ -1,0 +1,41 @@
+"""What both dialects check of a question before it is sent."""
+
+from __future__ import annotations
+
+from ..errors import InvalidRequest
+from .dialect import SegmentRequest, ServerInfo
+
+TOP_K_ALL = int(1e8)  # AReaL's default; it and everything above means the whole vocabulary
+
+
+def check_segment(segment: SegmentRequest, info: ServerInfo) -> None:
+    """Refuse what no server should see.
+
+    An id outside the vocabulary ends an SGLang server and all that it runs (the embedding look-up
+    fails inside its scheduler), so the check is here and not left to the server. It needs
+    ``info.vocab_size``; a server that does not say has to be told by configuration.
+
+    Raises:
+        InvalidRequest: An empty prompt, no budget, an id outside the vocabulary, or a request id
+            that no HTTP header can carry.
+    """
+    if len(segment.token_ids) == 0:
+        raise InvalidRequest("a generation needs at least one prompt token")
+    if segment.max_new_tokens < 1:
+        raise InvalidRequest(f"max_new_tokens must be at least 1, not {segment.max_new_tokens}")
+    if not 0 <= segment.min_new_tokens <= segment.max_new_tokens:
+        raise InvalidRequest("min_new_tokens must be between 0 and max_new_tokens")
+    if info.vocab_size is not None and int(segment.token_ids.max()) >= info.vocab_size:
+        raise InvalidRequest(
+            f"input_ids holds {int(segment.token_ids.max())}, which is not below the vocabulary "
+            f"size {info.vocab_size}"
+        )
+    request_id = segment.request_id
+    if not request_id or not request_id.isascii() or not all("!" <= c <= "~" for c in request_id):
+        raise InvalidRequest("a request id must be visible ASCII without spaces, and not empty")
+
+
+def top_k_of(segment: SegmentRequest, info: ServerInfo) -> int:
+    """``top_k`` as both servers read it: -1 for the whole vocabulary."""
+    top_k = segment.gconfig.top_k
+    return -1 if top_k >= min(info.vocab_size or TOP_K_ALL, TOP_K_ALL) else top_k

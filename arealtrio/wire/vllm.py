@@ -1,0 +1,405 @@
+"""The dialect of vLLM's OpenAI-compatible server, as version 0.32.0 speaks it.
+
+Two routes give tokens. ``/inference/v1/generate`` (there with ``--enable-scale-out``) is token in,
+token out and reports which weights made which token; ``/v1/completions`` is always there and
+reports none. What changes or inspects a running server (pause, abort, weights) is there only
+with ``VLLM_SERVER_DEV_MODE=1``. tests/golden/vllm-0.32.0 holds real exchanges of every route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+import numpy as np
+
+from ..errors import ConfigError, ProtocolError
+from ..types import (
+    INT32_MAX,
+    Float32Array,
+    HttpRequest,
+    HttpResponse,
+    Int32Array,
+    PauseMode,
+    StopReason,
+)
+from . import body, metrics
+from .dialect import SegmentRequest, SegmentResponse, ServerInfo, ServerLoad, VersionSpan
+from .segment import check_segment, top_k_of
+from .status import check_status, raise_refusal
+from .versions import Span, read_label, read_spans
+
+SERVER: Final = "vLLM"
+TOKEN_ROUTE: Final = "/inference/v1/generate"
+PAUSE_MODES: Final = ("keep", "abort", "wait")
+
+# ``error`` and ``repetition`` (its repetition detection, which is never asked for) are not here:
+# neither is an end that the trainer may learn from.
+STOP_REASONS: Final[dict[str, StopReason]] = {
+    "stop": "stop", "length": "length", "abort": "abort", "tool_calls": "tool_calls",
+}  # fmt: skip
+
+LOAD_METRICS: Final = {
+    "vllm:num_requests_running": True,
+    "vllm:num_requests_waiting": True,
+    "vllm:request_success_total": True,
+}
+
+
+_TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+
+
+class _TokenLogprob(msgspec.Struct):
+    token_id: _TokenId
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float] | None = None
+    tokens: list[str] | None = None
+    content: list[_TokenLogprob] | None = None
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None
+    token_ids: list[_TokenId] | None = None
+    logprobs: _Logprobs | None = None
+    weight_versions: list[Span] | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _ModelConfig(msgspec.Struct):
+    max_model_len: int | None = None
+
+
+class _SchedulerConfig(msgspec.Struct):
+    max_num_seqs: int | None = None
+
+
+class _ParallelConfig(msgspec.Struct):
+    data_parallel_size_local: int = 1
+
+
+class _VllmConfig(msgspec.Struct):
+    model_config: _ModelConfig = msgspec.field(default_factory=_ModelConfig)
+    scheduler_config: _SchedulerConfig = msgspec.field(default_factory=_SchedulerConfig)
+    parallel_config: _ParallelConfig = msgspec.field(default_factory=_ParallelConfig)
+
+
+class _ServerInfo(msgspec.Struct):
+    vllm_config: _VllmConfig | str  # a string where the server is too old for config_format=json
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
+
+
+class _Control(msgspec.Struct):
+    success: bool = True
+    results: list[Any] = []  # of collective_rpc, one for each worker
+
+
+class VllmDialect:
+    """Requests and answers of a vLLM server. Immutable; one instance serves every server."""
+
+    name = "vllm"
+    __slots__ = ()
+
+    def discover(self) -> Sequence[HttpRequest]:
+        """Ask for the models, the configuration, the weights' label, and the token route.
+
+        The route is probed by a GET, which vLLM answers with 405 where the route is and with 404
+        where it is not. Its list of routes, /openapi.json, is 340 KB.
+        """
+        return (
+            body.get("/v1/models"),
+            body.get("/server_info?config_format=json"),
+            self.weight_version(),
+            body.get(TOKEN_ROUTE),
+        )
+
+    def parse_discover(self, responses: Sequence[HttpResponse]) -> ServerInfo:
+        """Read what the server is; vLLM nowhere tells its vocabulary size.
+
+        ``max_concurrency`` is ``max_num_seqs`` times the engines that this server runs itself
+        (data parallel), each of which has its own scheduler.
+        """
+        models, info, weights, probe = responses
+        model = _first_model(models)
+        config = _read_config(info)
+        return ServerInfo(
+            model=model.id if model else None,
+            max_model_len=model.max_model_len if model else config.model_config.max_model_len,
+            max_concurrency=_concurrency(config),
+            weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
+            token_in_token_out=_has_route(probe),
+        )
+
+    def generate(self, segment: SegmentRequest, info: ServerInfo) -> HttpRequest:
+        """Ask for tokens, by ``/inference/v1/generate`` where it is there.
+
+        The id goes into the body and into ``X-Request-Id``, which vLLM prefers: a proxy that
+        writes that header where it is missing would otherwise rename the request, and no abort
+        would find it.
+
+        Raises:
+            InvalidRequest: What ``check_segment`` refuses.
+        """
+        check_segment(segment, info)
+        question: dict[str, Any] = {"request_id": segment.request_id}
+        if model := segment.model or info.model:
+            question["model"] = model
+        headers = (("X-Request-Id", segment.request_id),)
+        if info.token_in_token_out:
+            question["token_ids"] = _ids(segment)
+            question["sampling_params"] = _token_route_sampling(segment, info)
+            return body.post(TOKEN_ROUTE, question, headers)
+        question["prompt"] = _ids(segment)
+        question |= _completions_sampling(segment, info)
+        return body.post("/v1/completions", question, headers)
+
+    def parse_generate(
+        self,
+        response: HttpResponse,
+        info: ServerInfo,  # noqa: ARG002  both routes are told apart by what they answer
+    ) -> SegmentResponse:
+        """Read the one choice of an answer.
+
+        Raises:
+            ProtocolError: Also where the lists differ in length, a logprob is missing or not
+                finite, the finish reason is unknown, or the spans do not cover the tokens.
+        """
+        answer = body.read(response, _Answer, SERVER, "a generation")
+        if len(answer.choices) != 1:
+            raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(answer.choices)}")
+        return _segment_response(answer.choices[0])
+
+    def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
+        """Stop one request by the id that vLLM made of ours.
+
+        It puts the route's name before it, and for completions the prompt's index behind it.
+        """
+        if info.token_in_token_out:
+            ids = [f"generate-tokens-{request_id}"]
+            return body.post("/inference/v1/abort_requests", {"request_ids": ids})
+        return body.post("/abort_requests", {"request_ids": [f"cmpl-{request_id}-0"]})
+
+    def pause(self, mode: PauseMode) -> HttpRequest:
+        """Stop generating: ``keep`` freezes, ``abort`` returns what is there, ``wait`` finishes.
+
+        Raises:
+            ConfigError: For a mode of another dialect.
+        """
+        if mode not in PAUSE_MODES:
+            raise ConfigError(
+                f"pause mode {mode!r} is not one of {SERVER}'s: {', '.join(PAUSE_MODES)}"
+            )
+        return body.post(f"/pause?mode={mode}")
+
+    def resume(self) -> HttpRequest:
+        """Go on generating; 200 also when not paused."""
+        return body.post("/resume")
+
+    def load_weights(self, path: str, version: int) -> Sequence[HttpRequest]:
+        """Load, drop the cache, set the label.
+
+        ``reset_running_requests`` puts frozen requests back into the queue, so that their keys and
+        values are computed again by the new weights, as AReaL's interruptible generation does
+        (arXiv 2505.24298 §4.1); without it vLLM refuses to drop a cache that anything still uses.
+        """
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        return (
+            body.post("/collective_rpc", reload),
+            body.post("/reset_prefix_cache?reset_running_requests=true"),
+            self.label_weights(version),
+        )
+
+    def label_weights(self, version: int) -> HttpRequest:
+        """Set the label that the token route reports and ``/weight_info`` tells."""
+        return body.post("/update_weight_version", {"new_version": str(version)})
+
+    def parse_control(self, response: HttpResponse) -> None:
+        """Read an answer to a command; ``/inference/v1/abort_requests`` answers with nothing."""
+        check_status(response, SERVER)
+        if not response.body:
+            return
+        answer = body.decode(response.body, _Control, response, f"a command's answer from {SERVER}")
+        if not answer.success:
+            raise_refusal(response, SERVER, "the body says success: false")
+        for result in answer.results:
+            if isinstance(result, dict) and "error" in result:
+                raise_refusal(response, SERVER, str(result["error"]))
+
+    def health(self) -> HttpRequest:
+        """Ask whether the engine is alive; answered also while paused."""
+        return body.get("/health")
+
+    def parse_health(self, response: HttpResponse) -> None:
+        """Raise unless 2xx."""
+        check_status(response, SERVER)
+
+    def load(self) -> HttpRequest:
+        """Ask for the gauges; ``/load`` reads 0 whatever the server does."""
+        return body.get("/metrics")
+
+    def parse_load(self, response: HttpResponse) -> ServerLoad:
+        """Add up the gauges of all its engines."""
+        return ServerLoad(*metrics.sum_samples(response, SERVER, LOAD_METRICS))
+
+    def weight_version(self) -> HttpRequest:
+        """Ask for the label."""
+        return body.get("/weight_info")
+
+    def parse_weight_version(self, response: HttpResponse) -> int | None:
+        """Read it; a server that nobody updated says ``default``."""
+        return read_label(
+            body.read(response, _WeightInfo, SERVER, "a weight version").weight_version
+        )
+
+
+def _ids(segment: SegmentRequest) -> list[int]:
+    ids: list[int] = segment.token_ids.tolist()
+    return ids
+
+
+def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
+    """What both routes name alike.
+
+    Every value is sent, also where it is vLLM's documented default: what is left out is taken from
+    the model's generation_config.json, and the trainer would learn from another distribution than
+    it configured.
+    """
+    gconfig = segment.gconfig
+    sampling: dict[str, Any] = {
+        "max_tokens": segment.max_new_tokens,
+        "min_tokens": segment.min_new_tokens,
+        "temperature": 0.0 if gconfig.greedy else gconfig.temperature,
+        "top_p": gconfig.top_p,
+        "top_k": top_k_of(segment, info),
+        "min_p": gconfig.min_p,
+        "frequency_penalty": gconfig.frequency_penalty,
+        "presence_penalty": gconfig.presence_penalty,
+        "repetition_penalty": gconfig.repetition_penalty,
+        "ignore_eos": gconfig.ignore_eos,
+        "skip_special_tokens": gconfig.skip_special_tokens,
+        "stop_token_ids": gconfig.stop_token_ids,
+        "logprobs": 0,  # of the chosen token alone
+    }
+    if gconfig.stop:
+        sampling["stop"] = gconfig.stop
+    if segment.seed is not None:
+        sampling["seed"] = segment.seed
+    return sampling
+
+
+def _token_route_sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
+    """Text is made only where stop strings are looked for in it."""
+    return _sampling(segment, info) | {"detokenize": bool(segment.gconfig.stop)}
+
+
+def _completions_sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
+    """Servers before ``return_token_ids`` ignore it, and give the ids as ``token_id:N`` strings."""
+    return _sampling(segment, info) | {
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def _first_model(response: HttpResponse) -> _Model | None:
+    """The base model, which vLLM lists before its adapters."""
+    models = body.read_if_there(response, _Models, SERVER, "a list of models")
+    if models is None:
+        return None
+    if not models.data:
+        raise ProtocolError(f"expected at least one model from {SERVER}")
+    return models.data[0]
+
+
+def _read_config(response: HttpResponse) -> _VllmConfig:
+    """The configuration, empty where the server does not give it as JSON."""
+    info = body.read_if_there(response, _ServerInfo, SERVER, "its configuration")
+    if info is None or isinstance(info.vllm_config, str):
+        return _VllmConfig()
+    return info.vllm_config
+
+
+def _concurrency(config: _VllmConfig) -> int | None:
+    max_num_seqs = config.scheduler_config.max_num_seqs
+    engines = max(1, config.parallel_config.data_parallel_size_local)
+    return None if max_num_seqs is None else max_num_seqs * engines
+
+
+def _has_route(probe: HttpResponse) -> bool:
+    """Whether a GET met a POST-only route; a page made for any path is no such route."""
+    if probe.status in (404, 405):
+        return probe.status == 405
+    check_status(probe, SERVER)
+    return False
+
+
+def _segment_response(choice: _Choice) -> SegmentResponse:
+    ids, logprobs = _tokens(choice)
+    return SegmentResponse(
+        token_ids=ids,
+        logprobs=logprobs,
+        stop_reason=_stop_reason(choice),
+        versions=_spans(choice, len(ids)),
+    )
+
+
+def _stop_reason(choice: _Choice) -> StopReason:
+    reason = choice.finish_reason
+    if reason not in STOP_REASONS:
+        raise ProtocolError(
+            f"expected a finish reason of {', '.join(STOP_REASONS)} from {SERVER}, "
+            f"got {str(reason)[:20]!r}"
+        )
+    return STOP_REASONS[reason]
+
+
+def _spans(choice: _Choice, token_count: int) -> tuple[VersionSpan, ...] | None:
+    """None on a route without the field, and where vLLM knows no label for the tokens."""
+    if choice.weight_versions is None:
+        return None
+    return read_spans(choice.weight_versions, token_count)
+
+
+def _tokens(choice: _Choice) -> tuple[Int32Array, Float32Array]:
+    """Token ids and logprobs, of one length."""
+    logprobs = choice.logprobs or _Logprobs()
+    if logprobs.content is not None:
+        values = [item.logprob for item in logprobs.content]
+        if [item.token_id for item in logprobs.content] != choice.token_ids:
+            raise ProtocolError(f"expected logprobs of the token_ids from {SERVER}, not of others")
+    elif logprobs.token_logprobs is not None:
+        values = logprobs.token_logprobs
+    else:
+        raise ProtocolError(f"expected logprobs with the tokens from {SERVER}, got none")
+    ids = _token_ids(choice, logprobs)
+    if len(ids) != len(values):
+        raise ProtocolError(
+            f"expected as many logprobs as tokens from {SERVER}, got {len(values)} for {len(ids)}"
+        )
+    return np.array(ids, dtype=np.int32), np.array(values, dtype=np.float32)
+
+
+def _token_ids(choice: _Choice, logprobs: _Logprobs) -> list[int]:
+    if choice.token_ids is not None:
+        return choice.token_ids
+    try:
+        return [int(token.removeprefix("token_id:")) for token in logprobs.tokens or ()]
+    except ValueError as exc:
+        raise ProtocolError(f"expected token ids from {SERVER}, got text alone") from exc
