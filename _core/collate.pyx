@@ -1,9 +1,9 @@
 """Ragged rows to one rectangle [B, T], or end to end with their offsets.
 
-Both functions take all columns of a batch at once, look at everything, and only then write: where they
-raise, no output has changed. The copy is one pass per column in C, without the GIL: a row is one
-``memcpy``, its padding one fill. Nothing is allocated for the data, because the first touch of fresh
-pages costs more than the copy: outputs are the caller's, to be used again for the next batch.
+Both functions take all columns of a batch at once, look at everything, and only then write: where
+they raise, no output has changed. The copy is one pass per column in C, without the GIL: a row is
+one ``memcpy``, its padding one fill. Nothing is allocated for the data, because the first touch of
+fresh pages costs more than the copy: outputs are the caller's, to be used again for the next batch.
 
 The buffer protocol is the whole interface to arrays, so this island needs no numpy to compile.
 """
@@ -17,6 +17,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport INT32_MAX, int32_t
 from libc.string cimport memcpy, memset
 
@@ -139,7 +140,7 @@ cdef int32_t _word(object fill, char kind) except? -1:
     cdef float number
     cdef int32_t word
     if kind == b"i":
-        return fill
+        return PyNumber_Index(fill)  # a plain conversion would cut off a fraction in silence
     number = fill
     memcpy(&word, &number, WORD)
     return word
@@ -191,12 +192,12 @@ def pad(columns, fills, outs, mask=None):
         columns: C sequences of B vectors each, int32 or float32, C-contiguous. The b-th rows of all
             columns are equally long.
         fills: C values, one a column: an int within int32 for an int32 column, else a float.
-        outs: C arrays [B, T] of their column's dtype, T at least the longest row. They share no memory
-            with a row or with each other.
+        outs: C arrays [B, T] of their column's dtype, T at least the longest row. They share no
+            memory with a row or with each other.
         mask: bool[B, T] to be written too, True on rows and False on padding; None for none.
 
     Raises:
-        TypeError: For a wrong dtype, or a row or output that is not C-contiguous.
+        TypeError: For a wrong dtype or fill value, or a row or output that is not C-contiguous.
         ValueError: For a wrong shape, unequal lengths, or shared memory.
         OverflowError: For an int32 column's fill value outside int32.
             No output has changed where any of them is raised.
