@@ -193,6 +193,11 @@ class Engine:
         self.scheduler.resume()
         self._changed()
 
+    def retract(self) -> None:
+        """Put what runs back at the head of the queue; without a pause it gets its slots back."""
+        self.scheduler.retract()
+        self._changed()
+
     async def sleep(self, level: int) -> None:
         """Stop as for ``pause("abort")`` and remember the level."""
         self.sleep_level = level

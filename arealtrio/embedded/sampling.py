@@ -152,7 +152,8 @@ def _processed(
     _penalise(changed, params, prompt, output)
     for token_id, bias in params.logit_bias.items():
         changed[token_id] += bias
-    changed[list(forbidden)] = -np.inf
+    if len(forbidden) < changed.size:  # else nothing would be left to draw
+        changed[list(forbidden)] = -np.inf
     if not params.greedy:
         changed /= params.temperature
     return _filtered(log_softmax(changed), params)

@@ -225,11 +225,18 @@ class Scheduler:
         if mode == "abort":
             self.abort()
         elif mode == "retract":
-            self._retract()
+            self.retract()
 
     def resume(self) -> None:
         """Go on; harmless when not paused."""
         self._pause_mode = None
+        self._admit()
+
+    def retract(self) -> None:
+        """Put the running back at the head of the queue, in order, with the tokens they have."""
+        self.counters.preemptions += len(self._running)
+        self._waiting.extendleft(reversed(self._running))
+        self._running = []
         self._admit()
 
     def load_weights(self, model: Model, version: str | None = None) -> None:
@@ -348,11 +355,6 @@ class Scheduler:
             self._running = [s for s in self._running if id(s) not in gone]
             self._waiting = deque(s for s in self._waiting if id(s) not in gone)
         return taken
-
-    def _retract(self) -> None:
-        self.counters.preemptions += len(self._running)
-        self._waiting.extendleft(reversed(self._running))
-        self._running = []
 
     def _die(self) -> None:
         self._state = "dead"

@@ -8,38 +8,24 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
 
-from . import vllm_response
 from .engine import Engine, Generation
 from .metrics import metrics_page
 from .scheduler import EngineDead
 from .settings import ServerSettings
-from .vllm_request import (
-    Body,
-    GenerateRequest,
-    VllmError,
-    decode_body,
-    engine_error,
-    missing,
-    read_completion,
-    read_tokens,
-    rpc_error,
-    validation_error,
-)
-from .vllm_response import Answer, Cursor, Json
+from .vllm_error import VllmError, engine_error, missing, rpc_error, validation_error
+from .vllm_fields import Body, decode_body, flag, integer
+from .vllm_generate import COMPLETION, TOKENS, EventStream, Kind, json_response, whole_answer
+from .vllm_request import GenerateRequest, Limits
+from .vllm_response import Answer, Json
 
 VERSION = "0.32.0"  # of the vLLM whose answers these are
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
@@ -62,49 +48,6 @@ def vllm_app(engine: Engine, settings: ServerSettings) -> Starlette:
             405: _detail("Method Not Allowed"),
         },
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What differs between the two generate routes.
-
-    Args:
-        prefix: Before the client's id in the id the answer carries.
-        numbered: Whether an engine id ends in the number of its prompt.
-        read: Makes a request of a body.
-        whole: The answer that is no stream.
-        chunk: One event of a stream.
-        usage: The last event of a stream that asked for it.
-    """
-
-    prefix: str
-    numbered: bool
-    read: Callable[..., GenerateRequest]
-    whole: Callable[[Answer], Json]
-    chunk: Callable[[Answer, Cursor], Json]
-    usage: Callable[[Answer], Json]
-
-    def engine_ids(self, request_id: str, prompts: int) -> list[str]:
-        """The ids that abort names, one for each prompt."""
-        return [f"{request_id}-{i}" if self.numbered else request_id for i in range(prompts)]
-
-
-_COMPLETION = _Kind(
-    prefix="cmpl-",
-    numbered=True,
-    read=read_completion,
-    whole=vllm_response.completion,
-    chunk=vllm_response.completion_chunk,
-    usage=vllm_response.completion_usage_chunk,
-)
-_TOKENS = _Kind(
-    prefix="generate-tokens-",
-    numbered=False,
-    read=read_tokens,
-    whole=vllm_response.tokens,
-    chunk=vllm_response.tokens_chunk,
-    usage=vllm_response.tokens_usage_chunk,
-)
 
 
 class _Face:
@@ -142,21 +85,16 @@ class _Face:
 
     async def completions(self, request: Request) -> Response:
         """Token ids in, an OpenAI completion out."""
-        return await self._generate(request, _COMPLETION)
+        return await self._generate(request, COMPLETION)
 
     async def generate(self, request: Request) -> Response:
         """Token ids in, token ids and version spans out."""
-        return await self._generate(request, _TOKENS)
+        return await self._generate(request, TOKENS)
 
-    async def _generate(self, request: Request, kind: _Kind) -> Response:
+    async def _generate(self, request: Request, kind: Kind) -> Response:
         self._requests += 1
         body = await _body(request)
-        asked = kind.read(
-            body,
-            model=self._settings.served_model_name,
-            vocab_size=self._engine.scheduler.model.vocab_size,
-            max_model_len=self._settings.max_model_len,
-        )
+        asked = kind.read(body, self._limits())
         request_id = kind.prefix + _client_id(request, asked)
         generation = self._start(asked, kind.engine_ids(request_id, len(asked.prompts)))
         answer = Answer(
@@ -167,8 +105,12 @@ class _Face:
             generation.sequences,
         )
         if asked.stream:
-            return _EventStream(generation, answer, kind)
-        return await _whole(request, generation, answer, kind)
+            return EventStream(generation, answer, kind)
+        return await whole_answer(request, generation, answer, kind)
+
+    def _limits(self) -> Limits:
+        settings, model = self._settings, self._engine.scheduler.model
+        return Limits(settings.served_model_name, model.vocab_size, settings.max_model_len)
 
     def _start(self, asked: GenerateRequest, engine_ids: list[str]) -> Generation:
         """Queue every answer of every prompt; answers to one prompt share its id."""
@@ -186,7 +128,7 @@ class _Face:
     async def abort(self, request: Request) -> Response:
         """Finish requests by id; all of them if no ids are given."""
         ids = _request_ids(await _body(request))
-        return _json({"status": "aborted", "aborted": self._engine.abort(ids)})
+        return json_response({"status": "aborted", "aborted": self._engine.abort(ids)})
 
     async def abort_tokens(self, request: Request) -> Response:
         """Finish requests by id; the answer is empty."""
@@ -206,31 +148,31 @@ class _Face:
             message = f"Input should be {expected}"
             raise validation_error("query.mode", "literal_error", message, mode, expected=expected)
         await self._engine.pause(mode)  # type: ignore[arg-type]  # one of PAUSE_MODES
-        return _json({"status": "paused"})
+        return json_response({"status": "paused"})
 
     async def resume(self, _: Request) -> Response:
         """Go on."""
         self._engine.resume()
-        return _json({"status": "resumed"})
+        return json_response({"status": "resumed"})
 
     async def is_paused(self, _: Request) -> Response:
         """Whether anything stopped it."""
-        return _json({"is_paused": self._engine.scheduler.pause_mode is not None})
+        return json_response({"is_paused": self._engine.scheduler.pause_mode is not None})
 
     async def sleep(self, request: Request) -> Response:
         """Stop, and forget the cache (there is none)."""
-        level = int(request.query_params.get("level", "1"))
+        level = integer(request.query_params, "level", 1, "query") or 0
         await self._engine.sleep(level)
-        return _json({"status": "sleeping", "level": level})
+        return json_response({"status": "sleeping", "level": level})
 
     async def wake_up(self, _: Request) -> Response:
         """End the sleep."""
         self._engine.wake_up()
-        return _json({"status": "awake", "tags": None})
+        return json_response({"status": "awake", "tags": None})
 
     async def is_sleeping(self, _: Request) -> Response:
         """Whether it sleeps."""
-        return _json({"is_sleeping": self._engine.sleep_level is not None})
+        return json_response({"is_sleeping": self._engine.sleep_level is not None})
 
     # -- weights -----------------------------------------------------------------------------
 
@@ -242,7 +184,7 @@ class _Face:
         if body["method"] != "reload_weights":
             raise rpc_error(f"'Worker' object has no attribute '{body['method']}'")
         await self._reload(body.get("kwargs") or {})
-        return _json({"results": [None]})
+        return json_response({"results": [None]})
 
     async def _reload(self, kwargs: Body) -> None:
         path = Path(str(kwargs.get("weights_path") or self._settings.weights))
@@ -260,15 +202,17 @@ class _Face:
             message = "Input should be a valid string"
             raise validation_error("body.new_version", "string_type", message, label)
         self._engine.scheduler.set_version(label)
-        return _json({"success": True, "new_version": label})
+        return json_response({"success": True, "new_version": label})
 
     async def weight_info(self, _: Request) -> Response:
         """The label."""
-        return _json({"weight_version": self._engine.scheduler.weight_version})
+        return json_response({"weight_version": self._engine.scheduler.weight_version})
 
-    async def reset_prefix_cache(self, _: Request) -> Response:
-        """Forget cached prefixes. The model computes from its window each time, so none exist."""
-        return _json({"success": True})
+    async def reset_prefix_cache(self, request: Request) -> Response:
+        """Forget cached prefixes (none exist); running requests go back into the queue if told."""
+        if flag(request.query_params, "reset_running_requests", "query"):
+            self._engine.retract()
+        return json_response({"success": True})
 
     # -- about the server --------------------------------------------------------------------
 
@@ -278,7 +222,7 @@ class _Face:
 
     async def load(self, _: Request) -> Response:
         """0, always, as in vLLM without ``--enable-server-load-tracking``."""
-        return _json({"server_load": 0})
+        return json_response({"server_load": 0})
 
     async def metrics(self, _: Request) -> Response:
         """The Prometheus page."""
@@ -291,15 +235,15 @@ class _Face:
 
     async def version(self, _: Request) -> Response:
         """The vLLM it stands in for."""
-        return _json({"version": VERSION})
+        return json_response({"version": VERSION})
 
     async def world_size(self, _: Request) -> Response:
         """One worker."""
-        return _json({"world_size": 1})
+        return json_response({"world_size": 1})
 
     async def models(self, _: Request) -> Response:
         """The one model."""
-        return _json({"object": "list", "data": [self._model_card()]})
+        return json_response({"object": "list", "data": [self._model_card()]})
 
     def _model_card(self) -> Json:
         return {
@@ -329,8 +273,8 @@ class _Face:
             "is_blocking": False,
         }
 
-    async def server_info(self, _: Request) -> Response:
-        """The parts of vLLM's configuration that this server has."""
+    async def server_info(self, request: Request) -> Response:
+        """The parts of vLLM's configuration that this server has, as text unless asked for JSON."""
         settings = self._settings
         config = {
             "model_config": {
@@ -340,8 +284,11 @@ class _Face:
                 "seed": settings.seed,
             },
             "scheduler_config": {"max_num_seqs": settings.max_num_seqs},
+            "parallel_config": {"data_parallel_size_local": 1},
         }
-        return _json({"vllm_config": config, "vllm_env": {}, "system_env": {}})
+        as_json = request.query_params.get("config_format") == "json"
+        shown = config if as_json else str(config)
+        return json_response({"vllm_config": shown, "vllm_env": {}, "system_env": {}})
 
     async def openapi(self, _: Request) -> Response:
         """The routes, so that a client sees what is there."""
@@ -351,84 +298,7 @@ class _Face:
             if isinstance(route, Route) and route.methods is not None
         }
         info = {"title": "arealtrio embedded server", "version": VERSION}
-        return _json({"openapi": "3.1.0", "info": info, "paths": paths})
-
-
-class _EventStream(Response):
-    """Server-sent events of one generation, until it ends or the client goes away.
-
-    Starlette's own streaming response takes an async generator, whose clean-up after a cancelled
-    ``send`` waits for the garbage collector; here the ``with`` block releases at once. A reader
-    slower than the engine gets fewer, longer events, so nothing piles up.
-    """
-
-    def __init__(self, generation: Generation, answer: Answer, kind: _Kind) -> None:
-        super().__init__(media_type="text/event-stream")
-        del self.headers["content-length"]
-        self._generation = generation
-        self._answer = answer
-        self._kind = kind
-        self._cursors = [Cursor(index) for index in range(len(answer.sequences))]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        with self._generation:
-            async with _until_disconnect(receive):
-                await send({"type": "http.response.start", "status": self.status_code,
-                            "headers": self.raw_headers})  # fmt: skip
-                while not all(cursor.ended for cursor in self._cursors):
-                    await self._generation.wait_progress()
-                    await _send_more(send, self._new_events())
-                await _send_more(send, self._last_events())
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _new_events(self) -> bytes:
-        if self._generation.failed:
-            for cursor in self._cursors:
-                cursor.ended = True
-            return _event(engine_error().body)
-        return b"".join(
-            _event(self._kind.chunk(self._answer, cursor))
-            for cursor in self._cursors
-            if not cursor.ended and self._has_news(cursor)
-        )
-
-    def _has_news(self, cursor: Cursor) -> bool:
-        sequence = self._answer.sequences[cursor.index]
-        return sequence.finished or sequence.output_length > cursor.sent
-
-    def _last_events(self) -> bytes:
-        wanted = self._answer.request.include_usage and not self._generation.failed
-        return (_event(self._kind.usage(self._answer)) if wanted else b"") + b"data: [DONE]\n\n"
-
-
-async def _send_more(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _whole(request: Request, generation: Generation, answer: Answer, kind: _Kind) -> Response:
-    """Wait for the end and answer in one piece; the sequences go if the client goes."""
-    with generation:
-        async with _until_disconnect(request.receive):
-            await generation.wait_finished()
-    if generation.failed:
-        raise engine_error()
-    return _json(kind.whole(answer))
-
-
-@asynccontextmanager
-async def _until_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block when the client has gone away."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
-        yield
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
+        return json_response({"openapi": "3.1.0", "info": info, "paths": paths})
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -454,17 +324,9 @@ def _request_ids(body: Body) -> list[str] | None:
     return ids
 
 
-def _json(body: Json, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
 async def _refuse(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, VllmError)
-    response = _json(exc.body, exc.status)
+    response = json_response(exc.body, exc.status)
     if exc.status >= 500:  # vLLM closes the connection too, but without a word
         response.headers["connection"] = "close"
     return response
@@ -473,7 +335,7 @@ async def _refuse(_: Request, exc: Exception) -> Response:
 def _detail(text: str) -> Callable[[Request, Exception], Response]:
     def answer(_: Request, exc: Exception) -> Response:
         headers = getattr(exc, "headers", None)
-        response = _json({"detail": text}, exc.status_code)  # type: ignore[attr-defined]
+        response = json_response({"detail": text}, exc.status_code)  # type: ignore[attr-defined]
         response.headers.update(headers or {})
         return response
 
