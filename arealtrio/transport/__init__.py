@@ -2,7 +2,7 @@
 
 interface       what a transport is: ``Transport``, ``StreamedResponse``
 http            ``HttpTransport``, our own pool on trio
-httpx_adapter   ``HttpxTransport``: our pool under httpx; ``ClientTransport``: a user's client under us
+httpx_adapter   ``HttpxTransport``: our pool under httpx; ``ClientTransport``: the reverse
 exchange        one request and its answer: limits, errors, release
 pool            which connection serves next: decisions without I/O
 connection      one TCP or TLS connection

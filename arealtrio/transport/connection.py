@@ -22,7 +22,7 @@ SEND_SIZE_BYTES: Final = 65536
 """Per write of a body that does not go out at once: the steps by which its progress is seen."""
 
 _KEEP_ALIVE_PROBE_S: Final = 60
-"""A generation may be silent for minutes; routers forget silent flows, and a dead host stays quiet."""
+"""A generation may be silent for minutes; routers forget silent flows, a dead host stays quiet."""
 
 
 class Connection(Protocol):
@@ -135,7 +135,7 @@ class TlsConnection:
         self.closed = False
         self._stream: Final = stream
 
-    def send_nowait(self, head: bytes, body: bytes) -> int:
+    def send_nowait(self, head: bytes, body: bytes) -> int:  # noqa: ARG002
         """Nothing: what is written to a TLS session is written by ``send``."""
         return 0
 
@@ -150,7 +150,7 @@ class TlsConnection:
         return bytes(await self._stream.receive_some(RECEIVE_SIZE_BYTES))
 
     def is_quiet(self) -> bool:
-        """See Connection. Any record counts, read from the socket or not: it is the peer's closing."""
+        """See Connection. Any record counts: after a whole answer it is the peer's closing."""
         poll = select.poll()
         poll.register(self._stream.transport_stream.socket.fileno(), select.POLLIN)
         return not self._stream.pending() and not poll.poll(0)

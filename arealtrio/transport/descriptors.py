@@ -1,4 +1,4 @@
-"""The limit on open descriptors, checked at the start instead of found out in the middle of a run."""
+"""The limit on open descriptors, checked at the start, not found out in the middle of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request and its answer on one connection: the named limits, the error mapping, the release."""
+"""One request and its answer on one connection: named limits, error mapping, release."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Exchange:
-    """Owns ``connection`` from its making to ``release()``, which is synchronous and may be repeated.
+    """Owns ``connection`` until ``release()``, which is synchronous and may be called twice.
 
     Args:
         pool: Where the connection goes back to.

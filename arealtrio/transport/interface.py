@@ -89,4 +89,4 @@ class Transport(Protocol):
         """
 
     async def aclose(self) -> None:
-        """Close every connection. Requests in flight end with RolloutClosed. May be called twice."""
+        """Close every connection; requests in flight end with RolloutClosed. Harmless twice."""

@@ -20,7 +20,7 @@ _DEFAULT_HEADERS: Final = (("user-agent", "arealtrio"), ("accept-encoding", "ide
 
 
 class Origin:
-    """One server address, parsed once. Compared by identity: the caches that hold it are keyed by URL.
+    """One server address, parsed once. Compared by identity: a transport keeps one for each URL.
 
     Args:
         base_url: ``http://host:port`` or ``https://host:port``, with or without a path before the

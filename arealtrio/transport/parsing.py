@@ -27,7 +27,8 @@ def _lower(name: bytes) -> str:
 class ResponseParser:
     """The answers of one connection, one after the other.
 
-    ``start()`` before each; ``feed()`` what arrives until ``complete``; ``finish()`` at end of file.
+    ``start()`` before each, ``feed()`` what arrives until ``complete``, ``finish()`` at the end
+    of the stream.
 
     The parser and its callbacks refer to each other; ``close()`` cuts that cycle, so that a closed
     connection is freed at once and not by a garbage collection in the middle of a burst.
@@ -165,7 +166,7 @@ class ResponseParser:
             self._pieces.append(data)
 
     def on_message_complete(self) -> None:
-        """The end of the answer, or of an interim one (1xx), after which the answer is yet to come."""
+        """The end of the answer, or of an interim one (1xx) that the answer follows."""
         self.complete = self.head_complete
 
 
