@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """A test run that does not name these tests must not start two servers for them."""
     wanted = "real_servers" in config.option.markexpr
     for item in items:
-        if HERE in item.path.parents:
+        if item.get_closest_marker("real_servers"):
             item.add_marker(pytest.mark.timeout(TEST_LIMIT_S))
             if not wanted:
                 item.add_marker(pytest.mark.skip(reason=ON_REQUEST))
