@@ -54,6 +54,9 @@ class RolloutConfig:
         max_consecutive_failures: Groups that may fail in a row before a waiting call ends with
             TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
         max_interruptions: How often one generation may be aborted by its server and sent again.
+        allow_inexact_resume: Let a generation go on after an interruption also where the result may
+            differ from an undisturbed one: under frequency or presence penalties, whose counts a
+            server keeps per request, and with stop strings, which may lie across the joint.
         rollout_timeout_s: Deadline of one rollout, from its start to its settlement.
         segment_timeout_s: Deadline of one generation request.
         connect_timeout_s: Name resolution, TCP and TLS.
@@ -64,7 +67,8 @@ class RolloutConfig:
         setup_timeout_s: Until all servers answer at the start.
         close_timeout_s: For running rollouts to leave when the executor closes.
         response_size_bytes: Answers above this are refused.
-        min_updated: Servers that must take a weight update for the version to advance. None: all.
+        min_updated: Servers that must take a weight update for the version to advance; the others
+            are out of service until an update reaches them.
     """
 
     servers: Sequence[str] = ()
@@ -82,6 +86,7 @@ class RolloutConfig:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_consecutive_failures: int = 64
     max_interruptions: int = 1000
+    allow_inexact_resume: bool = False
     rollout_timeout_s: float = 7200.0
     segment_timeout_s: float = 3600.0
     connect_timeout_s: float = 10.0
@@ -92,7 +97,7 @@ class RolloutConfig:
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
     response_size_bytes: int = 256 * 2**20
-    min_updated: int | None = None
+    min_updated: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.servers, str):
@@ -129,7 +134,7 @@ class RolloutConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
-        if self.min_updated is not None and self.servers and self.min_updated > len(self.servers):
+        if self.servers and self.min_updated > len(self.servers):
             raise ConfigError(
                 f"min_updated is {self.min_updated}, but there are only {len(self.servers)} servers"
             )
@@ -172,7 +177,7 @@ class RolloutConfig:
         return TimeLimits.of(total_s, connect_s=self.connect_timeout_s)
 
 
-_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size", "min_updated"}
+_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size"}
 
 
 def normalise_address(server: str) -> str:

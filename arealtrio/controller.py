@@ -1,0 +1,439 @@
+"""RolloutController: the executor for a trainer's ordinary thread.
+
+The executor runs in one trio thread, and each method here is one call through the portal;
+``prepare_batch`` is one for each handful of prompts, because the data loader is iterated in the
+caller's thread. It contains no logic that an async user lacks. This is the only room with threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import outcome
+import trio
+
+from .config import RolloutConfig
+from .errors import RolloutClosed, RolloutCrashed, UsageError
+from .executor import BatchArguments, BatchStream, WorkflowExecutor, open_executor
+from .groups import AcceptFunction, WorkflowLike
+from .loader import Prompt
+from .servers import ServerStatistics
+from .settlement import RolloutResult
+from .trajectory import Batch
+from .transport import Transport
+from .weights import WeightUpdate, WeightUpdateResult
+
+T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """One call from a trainer's thread: runs on the trio side, answers through a queue.
+
+    Args:
+        function: What to await on the trio side.
+        undo: Called on the trio side with a result that the caller did not stay for.
+    """
+
+    def __init__(
+        self, function: Callable[[], Awaitable[T]], undo: Callable[[T], None] | None
+    ) -> None:
+        self._function = function
+        self._undo = undo
+        self._scope = trio.CancelScope()
+        self._answer: SimpleQueue[outcome.Outcome[T]] = SimpleQueue()
+        self._result: outcome.Outcome[T] | None = None
+        self._abandoned = False
+
+    async def run(self) -> None:
+        """Await the function; put a result that nobody waits for back where it came from.
+
+        A cancellation is no answer: either the caller went away, or the run ends, which answers
+        every open call. ``trio.Cancelled`` must never reach a trainer's thread: it is a
+        BaseException, and ``except Exception`` would be blind to it.
+        """
+        with self._scope:
+            try:
+                value = await self._function()
+            except Exception as exc:  # noqa: BLE001 - it is the caller's
+                self._finish(outcome.Error(exc))
+            else:
+                self._finish(outcome.Value(value))
+
+    def _finish(self, result: outcome.Outcome[T]) -> None:
+        self._result = result
+        if self._abandoned:
+            self._give_back()
+        else:
+            self._answer.put(result)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error, unless there is an answer."""
+        if self._result is None:
+            self._finish(outcome.Error(error))
+
+    def abandon(self) -> None:
+        """The caller went away (on the trio side)."""
+        self._abandoned = True
+        self._scope.cancel()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        undo, self._undo = self._undo, None
+        if isinstance(self._result, outcome.Value) and undo is not None:
+            undo(self._result.value)
+
+    def wait(self) -> T:
+        """Block the caller's thread until there is an answer."""
+        return self._answer.get().unwrap()
+
+
+class RolloutController:
+    """Rollouts for a trainer that is an ordinary synchronous program.
+
+    Use it as a context manager. Leaving it ends every rollout, on its server too, and the thread.
+    Methods may be called from any thread; a wait that is interrupted (Ctrl-C, a time-out) takes
+    nothing: what it would have returned is delivered by the next call.
+
+    If the trainer's thread is busy in pure Python, the trio thread gets its turn only every
+    ``sys.getswitchinterval()`` (5 ms); set it lower where that shows.
+
+    Args:
+        config: Limits and policies.
+        transport: How bytes travel; None is real HTTP.
+
+    Raises:
+        NoServerAvailable: On entering, if a server is not ready within ``setup_timeout_s``.
+    """
+
+    def __init__(self, config: RolloutConfig, *, transport: Transport | None = None) -> None:
+        self.config = config
+        self._transport = transport
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._executor: WorkflowExecutor | None = None
+        self._started: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._stop = trio.Event()
+        self._calls: set[_Call[Any]] = set()  # touched on the trio side only, until it has ended
+        self._calls_lock = threading.Lock()
+        self._ended = False
+        self._crash: BaseException | None = None
+
+    # --- life --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._thread is not None:
+            raise UsageError("a controller is entered once; make a new one")
+        self._thread = threading.Thread(target=self._run, name="arealtrio", daemon=True)
+        self._thread.start()
+        try:
+            error = self._started.get()
+        except BaseException:
+            self.close()
+            raise
+        if error is not None:
+            self._thread.join()
+            raise error
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every rollout and the trio thread; waits in other threads raise RolloutClosed.
+
+        May be called twice, and from any thread.
+        """
+        thread = self._thread
+        if thread is None or os.getpid() != self._pid:
+            return
+        self._post(self._stop.set)
+        thread.join()
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseExceptionGroup as group:
+            self._crash = group.exceptions[0] if len(group.exceptions) == 1 else group
+        except BaseException as exc:  # noqa: BLE001 - it reaches every waiting thread
+            self._crash = exc
+        finally:
+            self._end_calls()
+            self._started.put(self._crash)
+
+    def _end_calls(self) -> None:
+        with self._calls_lock:
+            self._ended = True
+            calls, self._calls = self._calls, set()
+        for call in calls:
+            call.fail(self._ended_error())
+
+    def _ended_error(self) -> Exception:
+        if self._crash is None:
+            return RolloutClosed("the rollout controller is closed")
+        error = RolloutCrashed(f"the rollout side died: {self._crash!r}")
+        error.__cause__ = self._crash
+        return error
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._cancel_when_stopped, nursery.cancel_scope)
+            async with open_executor(self.config, transport=self._transport) as executor:
+                self._executor = executor
+                self._started.put(None)
+                await trio.sleep_forever()
+
+    async def _cancel_when_stopped(self, scope: trio.CancelScope) -> None:
+        await self._stop.wait()
+        if self._executor is not None:
+            self._executor.close()  # first: it wakes every waiter with a clear error
+        scope.cancel()
+
+    # --- the portal --------------------------------------------------------------------------
+
+    def _post(self, function: Callable[..., object], *args: object) -> bool:
+        """Run a function on the trio side soon; False if there is none any more."""
+        if self._token is None:
+            return False
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            return False
+        return True
+
+    def _call(
+        self, function: Callable[[], Awaitable[T]], undo: Callable[[T], None] | None = None
+    ) -> T:
+        self._check_usable()
+        call = _Call(function, undo)
+        with self._calls_lock:
+            if self._ended:
+                raise self._ended_error()
+            self._calls.add(call)
+        if not self._post(self._start_call, call):
+            raise self._ended_error()
+        try:
+            return call.wait()
+        except BaseException:
+            self._post(call.abandon)
+            raise
+
+    def _start_call(self, call: _Call[Any]) -> None:
+        if self._stop.is_set():
+            call.fail(self._ended_error())
+        else:
+            self._nursery.start_soon(self._run_call, call)
+
+    async def _run_call(self, call: _Call[Any]) -> None:
+        try:
+            await call.run()
+        finally:
+            with self._calls_lock:
+                self._calls.discard(call)
+
+    def _ask(self, function: Callable[[WorkflowExecutor], T]) -> T:
+        """Call a synchronous function on the trio side."""
+        executor = self._live
+
+        async def run() -> T:
+            return function(executor)
+
+        return self._call(run)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this process was forked from the one that opened the controller; use it there, "
+                "or open another one here"
+            )
+        if self._thread is None:
+            raise UsageError("enter the controller first: with RolloutController(config) as …")
+
+    @property
+    def _live(self) -> WorkflowExecutor:
+        self._check_usable()
+        if self._executor is None or self._ended:
+            raise self._ended_error()
+        return self._executor
+
+    # --- rollouts ----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        data: Prompt,
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None = None,
+        should_accept_fn: AcceptFunction | str | None = None,
+        task_id: str | None = None,
+        is_eval: bool = False,
+        group_size: int = 1,
+    ) -> str:
+        """Queue one prompt, and return its task id at once. See ``WorkflowExecutor.submit``."""
+        return self._ask(
+            lambda executor: executor.submit(
+                data, workflow, workflow_kwargs, should_accept_fn, task_id, is_eval, group_size
+            )
+        )
+
+    def wait(
+        self, count: int, timeout_s: float | None = None, *, is_eval: bool = False
+    ) -> list[RolloutResult]:
+        """Wait for ``count`` results of ``submit``. See ``WorkflowExecutor.wait``."""
+        executor = self._live
+        return self._call(
+            lambda: executor.wait(count, timeout_s, is_eval=is_eval),
+            undo=lambda results: executor.give_back_results(results, is_eval=is_eval),
+        )
+
+    def wait_for_task(self, task_id: str, timeout_s: float | None = None) -> RolloutResult:
+        """Wait for one submission's result. See ``WorkflowExecutor.wait_for_task``."""
+        executor = self._live
+        is_eval = self._ask(lambda executor: executor.is_eval(task_id))
+        return self._call(
+            lambda: executor.wait_for_task(task_id, timeout_s),
+            undo=lambda result: executor.give_back_results([result], is_eval=is_eval),
+        )
+
+    def rollout_batch(
+        self,
+        data: Sequence[Prompt],
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None = None,
+        should_accept_fn: AcceptFunction | str | None = None,
+        group_size: int = 1,
+    ) -> Batch:
+        """Run these prompts to their ends. See ``WorkflowExecutor.rollout_batch``."""
+        executor = self._live
+        return self._call(
+            lambda: executor.rollout_batch(
+                data, workflow, workflow_kwargs, should_accept_fn, group_size
+            )
+        )
+
+    def prepare_batch(
+        self,
+        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None = None,
+        should_accept_fn: AcceptFunction | str | None = None,
+        group_size: int = 1,
+    ) -> Batch:
+        """Return the next training batch. See ``WorkflowExecutor.prepare_batch``.
+
+        The data loader is iterated in this thread, only inside this call.
+
+        Raises:
+            StopIteration: Where the async face raises StopAsyncIteration: the epoch has ended.
+        """
+        arguments = BatchArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        stream = self._ask(lambda executor: executor.stream_of(dataloader))
+        while True:
+            step = self._next_step(stream)
+            if isinstance(step, Batch):
+                if not step.groups:
+                    raise StopIteration
+                return step
+            self._feed(stream, stream.feed.take(step), arguments)
+
+    def _next_step(self, stream: BatchStream) -> Batch | int:
+        executor = self._live
+
+        def undo(step: Batch | int) -> None:
+            if isinstance(step, Batch):
+                executor.give_back(step)
+
+        return self._call(lambda: executor.next_step(stream), undo=undo)
+
+    def _feed(
+        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: BatchArguments
+    ) -> None:
+        """Hand prompts over without waiting: an interrupted wait could lose them."""
+        executor = self._live
+
+        def feed() -> None:
+            if not executor.closed:
+                executor.feed(stream, prompts, arguments)
+
+        if not self._post(feed):
+            raise self._ended_error()
+
+    def batches(
+        self,
+        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None = None,
+        should_accept_fn: AcceptFunction | str | None = None,
+        group_size: int = 1,
+    ) -> Iterator[Batch]:
+        """One epoch of ``prepare_batch``."""
+        while True:
+            try:
+                batch = self.prepare_batch(
+                    dataloader, workflow, workflow_kwargs, should_accept_fn, group_size
+                )
+            except StopIteration:
+                return
+            yield batch
+
+    # --- version, pause, numbers -------------------------------------------------------------
+
+    def get_version(self) -> int:
+        """The weight version that every server in service has."""
+        return self._live.get_version()
+
+    def set_version(self, version: int) -> None:
+        """Advance the version without loading anything. See ``WorkflowExecutor.set_version``."""
+        executor = self._live
+        self._call(lambda: executor.set_version(version))
+
+    def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
+        """Bring new weights to every server. See ``WorkflowExecutor.update_weights``."""
+        executor = self._live
+        return self._call(lambda: executor.update_weights(update))
+
+    def get_capacity(self) -> int:
+        """How many groups admission would let start now."""
+        return self._ask(lambda executor: executor.get_capacity())
+
+    def pause(self) -> None:
+        """Start no further training rollout; what runs goes on."""
+        self._ask(lambda executor: executor.pause())
+
+    def resume(self) -> None:
+        """Start training rollouts again."""
+        self._ask(lambda executor: executor.resume())
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Wait until nothing runs; ``pause`` first. See ``WorkflowExecutor.drain``."""
+        executor = self._live
+        self._call(lambda: executor.drain(timeout_s))
+
+    def health(self) -> dict[str, str | None]:
+        """Ask every server whether it is alive: address to None, or to what is wrong."""
+        executor = self._live
+        return self._call(executor.engine.pool.health)
+
+    def statistics(self) -> tuple[ServerStatistics, ...]:
+        """Every server's numbers at this moment."""
+        return self._ask(lambda executor: executor.engine.statistics())
+
+    def rollout_counts(self) -> Mapping[str, int]:
+        """Training groups by where they are: submitted, queued, running, and each outcome."""
+        return self._ask(lambda executor: executor.counts.as_dict())
+
+    @property
+    def staleness_violations(self) -> int:
+        """Groups delivered beyond ``max_staleness``; only ``straggler_policy="keep"`` has any."""
+        return self._ask(lambda executor: executor.staleness_violations)

@@ -1,0 +1,384 @@
+"""RemoteEngine: one generation, from a prompt to tokens, on servers that stop and go on.
+
+A generation is a loop of segments. Each leases a server, asks for the tokens that are still missing
+with prompt + tokens so far, and ends when the model stops or the budget is used. A server that is
+told to abort gives back what it has, and the loop goes on from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from .config import RolloutConfig
+from .errors import (
+    ConfigError,
+    InvalidRequest,
+    ProtocolError,
+    RolloutError,
+    ServerError,
+    TransportError,
+)
+from .servers import Lease, ServerPool, ServerStatistics
+from .transport import HttpTransport, Transport, ensure_descriptors
+from .types import (
+    PROMPT_VERSION,
+    Float32Array,
+    GenerationHyperparameters,
+    Int32Array,
+    ModelRequest,
+    ModelResponse,
+    PauseMode,
+    Segment,
+    StopReason,
+)
+from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, VersionSpan
+from .wire.vllm import VllmDialect
+
+Scalar = TypeVar("Scalar", np.int32, np.float32)
+
+
+class RemoteEngine:
+    """Generates on a pool of inference servers.
+
+    Args:
+        pool: The servers.
+        config: Limits.
+    """
+
+    def __init__(self, pool: ServerPool, config: RolloutConfig) -> None:
+        self.pool = pool
+        self.config = config
+
+    def get_version(self) -> int:
+        """The weight version that every server in service has (AReaL's name)."""
+        return self.pool.version
+
+    def statistics(self) -> tuple[ServerStatistics, ...]:
+        """Every server's numbers at this moment."""
+        return self.pool.statistics()
+
+    def paused(self, mode: PauseMode = "keep") -> AbstractAsyncContextManager[dict[str, str]]:
+        """Stop generation on every server for the length of an ``async with`` block.
+
+        See ``ServerPool.paused``.
+        """
+        return self.pool.paused(mode)
+
+    async def agenerate(self, request: ModelRequest, *, min_version: int = 0) -> ModelResponse:
+        """Generate one answer.
+
+        Cancelling it, at any moment, gives the slot back, closes the connection, and asks the
+        server that owns the request to abort it, for at most ``abort_timeout_s``.
+
+        Args:
+            request: What to generate.
+            min_version: Only servers with weights at least this new; the executor passes the
+                version of the rollout's permit, so that no token is older than it.
+
+        Returns:
+            Tokens, logprobs and versions of one length.
+
+        Raises:
+            InvalidRequest: If no server should see this request; nothing was sent.
+            RolloutError: If a server or the way to it failed, or the request was refused.
+        """
+        generation = self._plan(request, min_version)
+        started = trio.current_time()
+        while not generation.finished:
+            await self._run_segment(generation)
+        return generation.response(latency_s=trio.current_time() - started)
+
+    # --- before anything is sent ---------------------------------------------------------------
+
+    def _plan(self, request: ModelRequest, min_version: int) -> _Generation:
+        gconfig, prompt = request.gconfig, request.input_ids
+        if gconfig.n_samples != 1:
+            raise InvalidRequest(
+                f"n_samples is {gconfig.n_samples}; a request is one answer, "
+                "ask for several with group_size"
+            )
+        if not len(prompt):
+            raise InvalidRequest("the prompt is empty")
+        self._check_vocabulary(prompt)
+        budget = self._budget(len(prompt), gconfig)
+        return _Generation(request, request.rid or uuid.uuid4().hex, budget, min_version)
+
+    def _check_vocabulary(self, prompt: Int32Array) -> None:
+        size = self.config.vocab_size or self.pool.smallest("vocab_size")
+        if size is not None and int(prompt.max()) >= size:
+            raise InvalidRequest(
+                f"the prompt holds the token id {int(prompt.max())}, "
+                f"but the vocabulary ends at {size - 1}"
+            )
+
+    def _budget(self, prompt_len: int, gconfig: GenerationHyperparameters) -> int:
+        """New tokens that there is room for: vLLM would clamp silently, so it is decided here."""
+        room = gconfig.max_tokens - prompt_len
+        model_len = self.pool.smallest("max_model_len")
+        if model_len is not None:
+            room = min(room, model_len - prompt_len)
+        if room < 1:
+            raise InvalidRequest(
+                f"no room for new tokens: the prompt has {prompt_len}, max_tokens is "
+                f"{gconfig.max_tokens}, the model's length is {model_len or 'not known'}"
+            )
+        return min(room, gconfig.max_new_tokens)
+
+    # --- one segment ---------------------------------------------------------------------------
+
+    async def _run_segment(self, generation: _Generation) -> None:
+        asked = trio.current_time()
+        with await self.pool.lease(
+            min_version=generation.lowest_admissible_version, prefer=generation.server
+        ) as lease:
+            generation.wait_s += trio.current_time() - asked
+            answer = await self._ask(lease, generation.next_segment(self.config.model, lease))
+            versions, exact = self._versions(lease, answer)
+        generation.take(lease.server.address, answer, versions, exact)
+        if not generation.finished:
+            self._check_may_resume(generation)
+
+    async def _ask(self, lease: Lease, segment: SegmentRequest) -> SegmentResponse:
+        server, dialect = lease.server, self.pool.dialect
+        request = dialect.generate(segment, server.info)
+        server.requests += 1
+        done = False
+        try:
+            response = await self.pool.send(server, request, self.config.segment_limits())
+            done = True
+        except TransportError as exc:
+            done = not exc.request_sent
+            raise
+        finally:
+            if not done:
+                await self._abort(lease, segment.request_id)
+        try:
+            return dialect.parse_generate(response, server.info)
+        except (ServerError, ProtocolError) as exc:
+            exc.add_note(f"server: {server.address}")
+            raise
+
+    async def _abort(self, lease: Lease, request_id: str) -> None:
+        """Ask the server that owns a request to drop it.
+
+        A closed connection alone is not trusted to do that. The lease is held meanwhile: until it
+        is aborted the request takes one of the server's slots. The answer does not matter: the
+        request may have ended, and a dead server has nothing to abort.
+        """
+        request = self.pool.dialect.abort(request_id, lease.server.info)
+        with trio.CancelScope(
+            deadline=trio.current_time() + self.config.abort_timeout_s, shield=True
+        ):
+            try:
+                await self.pool.control(lease.server, request, self.config.abort_timeout_s)
+            except RolloutError:
+                return
+
+    def _versions(self, lease: Lease, answer: SegmentResponse) -> tuple[Int32Array, bool]:
+        """The version of each token of an answer, and whether they are known.
+
+        The server's own spans win. Without them the version pinned when the lease was granted
+        stands, exact unless an update landed on that server since.
+        """
+        count = len(answer.token_ids)
+        if answer.versions is None:
+            exact = lease.server.version == lease.version
+            return np.full(count, lease.version, dtype=np.int32), exact
+        versions = np.full(count, lease.version, dtype=np.int32)
+        exact = True
+        for span in answer.versions:
+            if span.version is None:
+                exact = False
+                continue
+            self._check_span(lease, span)
+            versions[span.start : span.end] = span.version
+        return versions, exact
+
+    def _check_span(self, lease: Lease, span: VersionSpan) -> None:
+        version = span.version or 0
+        if version > self.pool.newest_told:
+            raise ProtocolError(
+                f"{lease.server.address} reports tokens of version {version}, but no server was "
+                f"told to load anything beyond {self.pool.newest_told}: does another trainer "
+                "update it?"
+            )
+
+    def _check_may_resume(self, generation: _Generation) -> None:
+        generation.interruptions += 1
+        if generation.interruptions > self.config.max_interruptions:
+            raise RolloutError(
+                f"the generation was aborted {generation.interruptions} times by its servers; "
+                f"max_interruptions is {self.config.max_interruptions}"
+            )
+        kept = _state_kept_by_server(generation.request.gconfig)
+        if kept and not self.config.allow_inexact_resume:
+            raise RolloutError(
+                f"the generation was interrupted and uses {kept}, which a server keeps per "
+                "request: going on elsewhere would not give what an undisturbed server gives. "
+                "Pause with mode='keep', or set allow_inexact_resume=True"
+            )
+
+
+def _state_kept_by_server(gconfig: GenerationHyperparameters) -> str:
+    """The options whose effect depends on more than prompt + tokens so far; empty if none.
+
+    ``repetition_penalty`` is not among them: it looks at prompt and output alike, so it sees the
+    same tokens after a resume.
+    """
+    used = {
+        "frequency_penalty": gconfig.frequency_penalty != 0,
+        "presence_penalty": gconfig.presence_penalty != 0,
+        "stop strings": bool(gconfig.stop),
+    }
+    return ", ".join(name for name, is_used in used.items() if is_used)
+
+
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """The state of one generation: what it has, what it may still ask for."""
+
+    request: ModelRequest
+    rid: str
+    budget: int
+    min_version: int
+    server: str | None = None
+    wait_s: float = 0.0
+    interruptions: int = 0
+    stop_reason: StopReason = "abort"
+    exact: bool = True
+    tokens: list[Int32Array] = field(default_factory=list)
+    logprobs: list[Float32Array] = field(default_factory=list)
+    versions: list[Int32Array] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    count: int = 0
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def finished(self) -> bool:
+        return self.stop_reason != "abort" or self.count >= self.budget
+
+    @property
+    def lowest_admissible_version(self) -> int:
+        """Versions never go back within a generation (I8), nor below the permit's."""
+        last = int(self.versions[-1][-1]) if self.count else PROMPT_VERSION
+        return max(self.min_version, last)
+
+    def next_segment(self, model: str | None, lease: Lease) -> SegmentRequest:
+        gconfig = self.request.gconfig
+        number = next(self._numbers)
+        tokens = self.request.input_ids
+        if self.count:
+            tokens = np.concatenate([tokens, *self.tokens])
+        return SegmentRequest(
+            request_id=f"{self.rid}-{number}",
+            token_ids=tokens,
+            max_new_tokens=self.budget - self.count,
+            min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),
+            gconfig=gconfig,
+            model=gconfig.lora_name or model or lease.server.info.model or "",
+            seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
+        )
+
+    def take(self, server: str, answer: SegmentResponse, versions: Int32Array, exact: bool) -> None:
+        """Append an answer; raise, changing nothing, where it breaks invariant I8."""
+        count = len(answer.token_ids)
+        if len(answer.logprobs) != count or count > self.budget - self.count:
+            raise ProtocolError(
+                f"{server} answered {count} tokens and {len(answer.logprobs)} logprobs "
+                f"where at most {self.budget - self.count} were asked for"
+            )
+        floor = self.lowest_admissible_version if self.count else PROMPT_VERSION
+        if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
+            raise ProtocolError(f"{server} reports weight versions that go back")
+        self.stop_reason = answer.stop_reason
+        self.server = server
+        if count:
+            self.tokens.append(answer.token_ids)
+            self.logprobs.append(answer.logprobs)
+            self.versions.append(versions)
+            self.segments.append(Segment(server, self.count, self.count + count))
+            self.exact = self.exact and exact
+        self.count += count
+
+    def response(self, latency_s: float) -> ModelResponse:
+        return ModelResponse(
+            rid=self.rid,
+            input_tokens=self.request.input_ids,
+            output_tokens=_joined(self.tokens, np.int32),
+            output_logprobs=_joined(self.logprobs, np.float32),
+            output_versions=_joined(self.versions, np.int32),
+            stop_reason="length" if self.stop_reason == "abort" else self.stop_reason,
+            versions_exact=self.exact,
+            segments=tuple(self.segments),
+            latency_s=latency_s,
+            wait_s=self.wait_s,
+        )
+
+
+def _joined(parts: Sequence[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+
+def _seed_of_segment(seed: int, number: int) -> int:
+    """Another seed for each segment: the same one would repeat the first segment's draws."""
+    if number == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] & 0x7FFFFFFF)
+
+
+def make_dialect(backend: str) -> Dialect:
+    """The dialect of a ``backend``.
+
+    Raises:
+        ConfigError: For a name that is none.
+    """
+    if backend == "vllm":
+        return VllmDialect()
+    raise ConfigError(f"backend must be one of vllm, sglang, not {backend!r}")
+
+
+@asynccontextmanager
+async def open_engine(
+    config: RolloutConfig, *, transport: Transport | None = None, dialect: Dialect | None = None
+) -> AsyncIterator[RemoteEngine]:
+    """Connect to the servers of ``config`` and keep an engine for the length of the block.
+
+    Leaving it closes every connection. Requests still in flight belong to tasks of the caller.
+
+    Args:
+        config: Servers and limits.
+        transport: How bytes travel; None makes an ``HttpTransport`` of its own and closes it.
+        dialect: None makes the one that ``config.backend`` names.
+
+    Raises:
+        NoServerAvailable: If a server is not ready within ``setup_timeout_s``.
+    """
+    own = transport is None
+    if transport is None:
+        ensure_descriptors(_descriptors_needed(config))
+        transport = HttpTransport()
+    try:
+        pool = ServerPool(config, dialect or make_dialect(config.backend), transport)
+        with pool.open():
+            await pool.join()
+            yield RemoteEngine(pool, config)
+    finally:
+        if own:
+            with trio.CancelScope(shield=True):
+                await transport.aclose()
+
+
+def _descriptors_needed(config: RolloutConfig) -> int:
+    rollouts = config.max_concurrent_rollouts or config.consumer_batch_size
+    return rollouts + 4 * len(config.servers) + 64

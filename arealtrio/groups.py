@@ -1,0 +1,187 @@
+"""GroupTask: one group on its way through the executor, member by member."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import trio
+
+from .errors import UsageError, WorkflowError
+from .loader import Prompt
+from .settlement import Failure, RolloutResult
+from .staleness import Permit
+from .trajectory import Group
+from .types import Outcome, Trajectory
+from .workflow import RolloutWorkflow
+
+AcceptFunction: TypeAlias = Callable[[Group], bool]
+WorkflowLike: TypeAlias = RolloutWorkflow | type[RolloutWorkflow] | str
+"""A workflow, its class (with ``workflow_kwargs``), or the import path of either."""
+
+
+Deliver: TypeAlias = Callable[["GroupTask", RolloutResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a member, or a group, ended."""
+
+    outcome: Outcome
+    failure: Failure | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class GroupTask:
+    """One submission: what to run, what has run, and how it ends.
+
+    For now all members must succeed: the first that does not decides the group's verdict, and the
+    others are cancelled. The group settles when the last of its tasks has ended, so that it leaves
+    no orphan behind.
+
+    Args:
+        task_id: Unique among what is queued or running.
+        data: The prompt, as the workflow gets it.
+        workflow: Runs one member.
+        should_accept: The filter, given the whole group.
+        size: Members.
+        deliver: Called once, with the group and its result.
+        is_eval: Holds no permit.
+        is_batched: Belongs to a batch; ``wait`` and ``wait_for_task`` do not see it.
+    """
+
+    task_id: str
+    data: Prompt
+    workflow: RolloutWorkflow
+    should_accept: AcceptFunction | None
+    size: int
+    deliver: Deliver
+    is_eval: bool = False
+    is_batched: bool = False
+    permit: Permit | None = None
+    number: int | None = None
+    verdict: Verdict = Verdict(Outcome.ACCEPTED)
+    cancelled: bool = False
+    to_start: int = field(init=False)
+    started: int = 0
+    ended: int = 0
+    scopes: list[trio.CancelScope] = field(default_factory=list)
+    rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.to_start = self.size
+
+    def __str__(self) -> str:
+        return f"{self.task_id} (prompt {self.prompt_id})"
+
+    @property
+    def prompt_id(self) -> str:
+        """As the data loader named it, else the task's id."""
+        return str(self.data.get("prompt_id", self.task_id))
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it left the queue; its number is given then."""
+        return self.number is not None
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether no member runs and none is to start."""
+        return self.to_start == 0 and self.ended == self.started
+
+    def start_member(self) -> int:
+        """Count a member as started and return its index."""
+        index = self.started
+        self.started += 1
+        self.to_start -= 1
+        self.scopes.append(trio.CancelScope())
+        return index
+
+    def member_ended(self, verdict: Verdict) -> None:
+        """Count a member as ended; the first that did not succeed ends the others."""
+        self.ended += 1
+        if verdict.outcome is not Outcome.ACCEPTED:
+            self.stop(verdict)
+
+    def stop(self, verdict: Verdict) -> None:
+        """Start no further member, cancel those that run; the first verdict stands."""
+        if self.verdict.outcome is Outcome.ACCEPTED:
+            self.verdict = verdict
+        self.cancelled = True
+        self.to_start = 0
+        for scope in self.scopes:
+            scope.cancel()
+
+    def accepted(self) -> Group:
+        """The group as the trainer gets it; every member has succeeded."""
+        return Group.of(
+            [self.rows[index] for index in range(self.size)],
+            number=self.number if self.number is not None else -1,
+            permit_version=self.permit.version if self.permit else -1,
+            prompt_id=self.prompt_id,
+            task_id=self.task_id,
+        )
+
+
+def resolve_workflow(
+    workflow: WorkflowLike, workflow_kwargs: Mapping[str, Any] | None = None
+) -> RolloutWorkflow:
+    """Return a workflow instance.
+
+    Args:
+        workflow: An instance; or a class, made with ``workflow_kwargs``; or an import path
+            (``package.module:name``) of either.
+        workflow_kwargs: For a class only.
+
+    Raises:
+        UsageError: If it is none of these, or has no coroutine method ``arun_episode``.
+    """
+    found: Any = _import(workflow) if isinstance(workflow, str) else workflow
+    if inspect.isclass(found):
+        found = found(**(workflow_kwargs or {}))
+    elif workflow_kwargs:
+        raise UsageError("workflow_kwargs were given with a workflow that is made already")
+    if not inspect.iscoroutinefunction(getattr(found, "arun_episode", None)):
+        raise UsageError(
+            "a workflow has a coroutine method arun_episode(engine, data); "
+            f"{type(found).__name__} has none"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def resolve_accept(should_accept_fn: AcceptFunction | str | None) -> AcceptFunction | None:
+    """Return a filter, imported if it was named.
+
+    Raises:
+        UsageError: If it can not be called.
+    """
+    found: Any = (
+        _import(should_accept_fn) if isinstance(should_accept_fn, str) else should_accept_fn
+    )
+    if found is not None and not callable(found):
+        raise UsageError(f"should_accept_fn can not be called: {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _import(path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)
+    except (ValueError, ImportError, AttributeError) as exc:
+        raise UsageError(f"{path!r} can not be imported: {exc}") from exc
+
+
+def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:
+    """Ask the filter.
+
+    Raises:
+        WorkflowError: If it answers neither True nor False.
+    """
+    if should_accept is None:
+        return True
+    answer: object = should_accept(group)
+    if answer in (True, False):
+        return bool(answer)
+    raise WorkflowError(f"should_accept_fn returned {type(answer).__name__}, not a bool")

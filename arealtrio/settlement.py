@@ -1,0 +1,121 @@
+"""How a group of rollouts ends: exactly one outcome, exactly once, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import InvalidRequest, RequestRejected, RolloutError, WorkflowError
+from .trajectory import Group
+from .types import FailureKind, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a group failed or expired.
+
+    Args:
+        kind: Whose failure it was.
+        error: The exception itself, with its traceback.
+        member_index: Of the member that failed first; None where the whole group did (its filter).
+    """
+
+    kind: FailureKind
+    error: Exception
+    member_index: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.member_index is None else f" in member {self.member_index}"
+        return f"{self.kind.value} failure{where}: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutResult:
+    """What became of one submitted group. Every submission has exactly one.
+
+    Args:
+        task_id: As returned by ``submit``.
+        prompt_id: Of the prompt in its data loader.
+        outcome: How it ended.
+        group: Its trajectories, where it was accepted.
+        failure: Why, where it failed or expired.
+        number: Its permit's number; None where it never had one (evaluation, or cancelled before).
+    """
+
+    task_id: str
+    prompt_id: str
+    outcome: Outcome
+    group: Group | None = None
+    failure: Failure | None = None
+    number: int | None = None
+
+
+def classify(error: BaseException) -> FailureKind:
+    """Say whose failure an exception is.
+
+    What a server or the way to it raised is infrastructure; a prompt that no server should see, or
+    that one refused, is data; anything else came out of the user's own code.
+    """
+    if isinstance(error, (InvalidRequest, RequestRejected)):
+        return FailureKind.DATA
+    if isinstance(error, RolloutError) and not isinstance(error, WorkflowError):
+        return FailureKind.INFRASTRUCTURE
+    if isinstance(error, BaseExceptionGroup) and error.exceptions:
+        return classify(error.exceptions[0])
+    return FailureKind.WORKFLOW
+
+
+class RolloutCounts:
+    """Counts groups by where they are, and asserts invariant I1 after every change.
+
+    submitted = queued + running + accepted + rejected + failed + expired + cancelled, each ≥ 0.
+    """
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.queued = 0
+        self.running = 0
+        self._settled = dict.fromkeys(Outcome, 0)
+
+    def enqueue(self) -> None:
+        """One was submitted, and waits for admission."""
+        self.submitted += 1
+        self.queued += 1
+        self._check()
+
+    def start(self) -> None:
+        """One was admitted."""
+        self.queued -= 1
+        self.running += 1
+        self._check()
+
+    def settle(self, outcome: Outcome, *, was_running: bool) -> None:
+        """One ended."""
+        if was_running:
+            self.running -= 1
+        else:
+            self.queued -= 1
+        self._settled[outcome] += 1
+        self._check()
+
+    def of(self, outcome: Outcome) -> int:
+        """How many ended so."""
+        return self._settled[outcome]
+
+    def as_dict(self) -> Mapping[str, int]:
+        """Every count by its name."""
+        settled = {outcome.value: count for outcome, count in self._settled.items()}
+        return {
+            "submitted": self.submitted,
+            "queued": self.queued,
+            "running": self.running,
+            **settled,
+        }
+
+    def _check(self) -> None:
+        assert self.queued >= 0, self
+        assert self.running >= 0, self
+        assert self.submitted == self.queued + self.running + sum(self._settled.values()), self
+
+    def __repr__(self) -> str:
+        return f"<RolloutCounts {dict(self.as_dict())}>"

@@ -1,0 +1,85 @@
+"""WaitList: wait for a condition on our own state without polling it, or losing what is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+T = TypeVar("T")
+
+
+class WaitList:
+    """Tasks that wait for something to become possible.
+
+    Whoever changes the state calls ``notify``; each waiter's own function then decides and takes in
+    one synchronous step. There are a handful of waiters, so looking at each is cheap.
+    """
+
+    def __init__(self) -> None:
+        # task -> what it would do now: None to go on waiting, else a value or an error
+        self._waiters: dict[trio.lowlevel.Task, Callable[[], outcome.Outcome[Any] | None]] = {}
+
+    async def wait_until(self, poll: Callable[[], T | None]) -> T:
+        """Return the first value of ``poll`` that is not None, asking it after every ``notify``.
+
+        An exception of ``poll`` is raised here. The value is handed to the waiting task, so a
+        cancellation finds either nothing taken, or the value delivered.
+
+        Args:
+            poll: Decides, and takes what it returns, without suspending.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        value = poll()
+        if value is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return value
+        task = trio.lowlevel.current_task()
+
+        def look() -> outcome.Outcome[T | None] | None:
+            found = outcome.capture(poll)
+            return None if isinstance(found, outcome.Value) and found.value is None else found
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            del self._waiters[task]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._waiters[task] = look
+        result: T = await trio.lowlevel.wait_task_rescheduled(abort)
+        return result
+
+    def notify(self) -> None:
+        """Wake every waiter that can go on now."""
+        for task, look in list(self._waiters.items()):
+            if task not in self._waiters:
+                continue  # an earlier waiter's step ended this one's wait
+            found = look()
+            if found is not None:
+                del self._waiters[task]
+                trio.lowlevel.reschedule(task, found)
+
+    def end(self, error: Callable[[], Exception]) -> None:
+        """Wake every waiter with an error of its own."""
+        while self._waiters:
+            task, _ = self._waiters.popitem()
+            trio.lowlevel.reschedule(task, outcome.Error(error()))
+
+
+@contextmanager
+def time_limit(timeout_s: float | None, words: Callable[[], str]) -> Iterator[None]:
+    """Raise TimeoutError, with ``words()`` of how far it came, when ``timeout_s`` passes.
+
+    Args:
+        timeout_s: Seconds; None is no limit of its own.
+        words: Called when the time has passed.
+    """
+    if timeout_s is None:
+        yield
+        return
+    with trio.move_on_after(timeout_s) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimeoutError(f"after timeout_s={timeout_s:g}: {words()}")

@@ -1,0 +1,173 @@
+"""WeightUpdate: new weights on every server, while generation goes on around it.
+
+The order is pause → load on every server → drop the prefix cache → version label → resume →
+version + 1. The version of the pool advances only when every server in service has the weights; a
+server that failed is out of service, and the result names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import trio
+
+from .errors import RolloutError, UsageError, WeightUpdateError
+from .servers import Server, ServerPool, ServerState
+from .types import PauseMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate:
+    """What the servers are to load, and the version it makes. Use the class methods.
+
+    Args:
+        kind: ``disk`` or ``label``.
+        version: The version after it, an integer that the servers carry as their label.
+        path: For ``disk``: the checkpoint as the *servers* see it.
+        pause: How requests in flight are held meanwhile: ``keep`` freezes them and lets them go
+            on with the new weights, ``abort`` returns them and the engine sends them again,
+            ``wait`` lets them finish first.
+    """
+
+    kind: Literal["disk", "label"]
+    version: int
+    path: str = ""
+    pause: PauseMode = "keep"
+
+    @classmethod
+    def from_disk(
+        cls, path: str | os.PathLike[str], version: int, *, pause: PauseMode = "keep"
+    ) -> Self:
+        """Weights in a directory that every server can read.
+
+        Args:
+            path: The checkpoint's directory, as the servers see it.
+            version: The version after the update.
+            pause: How requests in flight are held; see the class.
+
+        Raises:
+            UsageError: For a negative version or an empty path.
+        """
+        if not os.fspath(path):
+            raise UsageError("a weight update from disk needs a path")
+        return cls(kind="disk", path=os.fspath(path), version=_version(version), pause=pause)
+
+    @classmethod
+    def label(cls, version: int) -> Self:
+        """No weights, only the label: the trainer moved them itself, or withholds them.
+
+        Args:
+            version: The version after the update.
+
+        Raises:
+            UsageError: For a negative version.
+        """
+        return cls(kind="label", version=_version(version))
+
+
+def _version(version: int) -> int:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise UsageError(f"a weight version is an integer of at least 0, not {version!r}")
+    return version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdateResult:
+    """What a weight update did.
+
+    Args:
+        version: The version of the pool after it.
+        updated: Servers that serve the new weights.
+        failed: Servers that do not, by address, with what went wrong. They are out of service.
+        seconds: From the pause to the resume.
+    """
+
+    version: int
+    updated: tuple[str, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
+    """Bring every server of the pool to ``update``, then advance the pool's version.
+
+    Servers that are out of service for an update missed earlier are updated too, and return.
+    Cancellation resumes every server; those that did not confirm the weights are out of service.
+
+    Raises:
+        WeightUpdateError: If fewer than ``min_updated`` servers took the weights. The version
+            stays; the servers that failed are named and out of service.
+    """
+    started = trio.current_time()
+    servers = [s for s in pool.servers if s.state is not ServerState.JOINING]
+    failed: dict[str, str] = {}
+    if update.kind == "label":
+        await _load_everywhere(pool, servers, update, failed)
+    else:
+        async with pool.paused(update.pause) as not_paused:
+            failed.update(not_paused)
+            await _load_everywhere(pool, servers, update, failed)
+    result = WeightUpdateResult(
+        version=update.version,
+        updated=tuple(s.address for s in servers if s.address not in failed),
+        failed=failed,
+        seconds=trio.current_time() - started,
+    )
+    _advance(pool, result)
+    return result
+
+
+def _advance(pool: ServerPool, result: WeightUpdateResult) -> None:
+    needed = min(pool.config.min_updated, len(pool.servers))
+    if len(result.updated) < needed:
+        words = "; ".join(f"{address}: {error}" for address, error in result.failed.items())
+        raise WeightUpdateError(
+            f"version {result.version} reached {len(result.updated)} of the {needed} servers "
+            f"that min_updated asks for ({words}); the version stays {pool.version}. "
+            "Mend the servers and update again",
+            dict(result.failed),
+        )
+    pool.advance(result.version)
+
+
+async def _load_everywhere(
+    pool: ServerPool, servers: Sequence[Server], update: WeightUpdate, failed: dict[str, str]
+) -> None:
+    pool.told(update.version)
+    async with trio.open_nursery() as nursery:
+        for server in servers:
+            if server.address not in failed:
+                nursery.start_soon(_load_one, pool, server, update, failed)
+    for server in servers:
+        if server.address in failed:
+            pool.put_in_service(server, ServerState.STALE)
+
+
+async def _load_one(
+    pool: ServerPool, server: Server, update: WeightUpdate, failed: dict[str, str]
+) -> None:
+    confirmed = False
+    try:
+        await _send(pool, server, update)
+        confirmed = True
+    except RolloutError as exc:
+        failed[server.address] = str(exc)
+        return
+    finally:
+        if not confirmed:  # also when cancelled: what it serves now is not known
+            pool.put_in_service(server, ServerState.STALE)
+    server.version = update.version
+    if server.state is ServerState.STALE:  # it has what it missed; a paused one is resumed later
+        labelled = update.kind == "label"
+        pool.put_in_service(server, ServerState.READY if labelled else ServerState.PAUSED)
+
+
+async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
+    if update.kind == "label":
+        await pool.label(server, update.version)
+        return
+    for request in pool.dialect.load_weights(update.path, update.version):
+        await pool.control(server, request, pool.config.update_timeout_s)
