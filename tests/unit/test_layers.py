@@ -25,6 +25,8 @@ TOP = (
     ("demo",),
     ("controller",),
     ("executor",),
+    ("groups",),
+    ("delivery", "loader", "settlement", "waiting"),
 )
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
@@ -56,17 +58,17 @@ SEES_BESIDE = {
 
 # The one door through which each outside library comes in.
 DOORS = {
-    "click": "cli",
+    "click": "cli embedded",
     "httptools": "transport",
     "httpx": "transport embedded testing",
     "hypercorn": "embedded",
     "msgspec": "wire embedded",
     "numpy": "*",
-    "outcome": "servers",  # what trio.lowlevel.reschedule hands over
+    "outcome": "controller servers waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (
-        "cli demo controller executor engine weights servers transport reward workflow "
-        "observe embedded testing"  # the other rooms decide; they never wait
+        "cli demo controller executor groups waiting engine weights servers transport reward "
+        "workflow observe embedded testing"  # the other rooms decide; they never wait
     ),
     # Of the standard library: threads, processes and sockets have doors too.
     "asyncio": "",
