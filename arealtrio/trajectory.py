@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, Self
+from operator import attrgetter
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ __all__ = [
     "rows_from_result",
     "trajectory_from_response",
 ]
+
+# name -> dtype, and the vector of each row
+Columns: TypeAlias = dict[str, tuple[npt.DTypeLike, list[npt.NDArray[Any]]]]
 
 COLUMNS: tuple[tuple[str, npt.DTypeLike], ...] = (
     ("input_ids", np.int32),
@@ -214,7 +218,7 @@ class Batch:
             WorkflowError: If the rows' extras differ in names or dtypes.
         """
         columns = self._columns()
-        shape = (len(self.rows), max(map(len, self.rows), default=0))
+        shape = (len(self.rows), _longest(columns))
         memory = CollateBuffers(1) if buffers is None else buffers
         out = {name: memory._take(name, shape, dtype) for name, (dtype, _) in columns.items()}
         mask = memory._take("attention_mask", shape, np.bool_)
@@ -245,7 +249,7 @@ class Batch:
             UsageError: If it has more than 2³¹ - 1 tokens, which ``cu_seqlens`` can not count.
         """
         columns = self._columns()
-        total = sum(map(len, self.rows))
+        total = sum(map(len, columns["input_ids"][1]))
         if total > INT32_MAX:
             raise UsageError(f"{total} tokens can not be packed: cu_seqlens is int32")
         memory = CollateBuffers(1) if buffers is None else buffers
@@ -253,8 +257,8 @@ class Batch:
         cu_seqlens = memory._take("cu_seqlens", (len(self.rows) + 1,), np.int32)
         collate.pack([column for _, column in columns.values()], list(out.values()), cu_seqlens)
         memory._turn()
-        longest = max(map(len, self.rows), default=0)
-        return {**out, "cu_seqlens": cu_seqlens, "max_seqlen": longest, **self._per_row()}
+        lengths = {"cu_seqlens": cu_seqlens, "max_seqlen": _longest(columns)}
+        return {**out, **lengths, **self._per_row()}
 
     def to_torch(
         self,
@@ -317,12 +321,12 @@ class Batch:
             "group_ids": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
         }
 
-    def _columns(self) -> dict[str, tuple[npt.DTypeLike, list[npt.NDArray[Any]]]]:
+    def _columns(self) -> Columns:
         """Name to dtype and the rows' vectors; the first row says which extras there are."""
-        columns = {
-            name: (dtype, [getattr(row, name) for row in self.rows]) for name, dtype in COLUMNS
+        columns: Columns = {
+            name: (dtype, list(map(attrgetter(name), self.rows))) for name, dtype in COLUMNS
         }
-        if not self.rows:
+        if not any(row.extras for row in self.rows):
             return columns
         dtypes = _extra_dtypes(self.rows[0].extras)
         check_extra_names(dtypes)
@@ -334,6 +338,10 @@ class Batch:
                 )
         extras = {name: [row.extras[name] for row in self.rows] for name in dtypes}
         return {**columns, **{name: (dtypes[name], extras[name]) for name in dtypes}}
+
+
+def _longest(columns: Columns) -> int:
+    return max(map(len, columns["input_ids"][1]), default=0)
 
 
 def _extra_dtypes(extras: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
