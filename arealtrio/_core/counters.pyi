@@ -1,10 +1,10 @@
-from typing import final
+from typing import Self, final
 
 @final
 class StalenessCounters:
-    def __init__(
-        self, max_concurrent: int, batch: int, max_staleness: int, version: int = 0
-    ) -> None: ...
+    def __new__(
+        cls, max_concurrent: int, batch: int, max_staleness: int, version: int = 0
+    ) -> Self: ...
     @property
     def capacity(self) -> int: ...
     @property
