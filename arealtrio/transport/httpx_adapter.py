@@ -80,13 +80,15 @@ class _Body(httpx.AsyncByteStream):
         self._exchange = exchange
         self._request = request
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            with _to_httpx(self._request):
-                chunk = await self._exchange.next_chunk()
-            if not chunk:
-                return
-            yield chunk
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self  # not a generator: one left half-way would have to be closed
+
+    async def __anext__(self) -> bytes:
+        with _to_httpx(self._request):
+            chunk = await self._exchange.next_chunk()
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
 
     async def aclose(self) -> None:
         self._exchange.release()
@@ -248,19 +250,24 @@ class _ClientStream:
         return {name.lower(): ", ".join(joined.get_list(name)) for name in joined}
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        pieces = self._response.aiter_bytes()
         size = 0
+        self._check_size(int(self._response.headers.get("content-length", 0)))
+        pieces = self._response.aiter_bytes()
         while True:
             try:
                 chunk = await self._clock.bounded(lambda: anext(pieces), "idle_s")
             except StopAsyncIteration:
                 return
             size += len(chunk)
-            if size > self._size_bytes_max:
-                raise ResponseTooLarge(
-                    f"{self._clock.what}: more than {self._size_bytes_max} bytes of answer"
-                )
+            self._check_size(size)
             yield chunk
+
+    def _check_size(self, size: int) -> None:
+        if size > self._size_bytes_max:
+            raise ResponseTooLarge(
+                f"{self._clock.what}: an answer of {size} bytes or more, "
+                f"and {self._size_bytes_max} are allowed"
+            )
 
 
 def _check_address(base_url: str) -> None:
