@@ -12,6 +12,7 @@ carry the same load. So EOS ends nothing here; it is one more wrong token.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,38 +61,26 @@ def reward_fn(
 
 
 class Prompts:
-    """An endless supply of prompts in epochs: each iteration is the next epoch, freshly drawn.
+    """An endless data loader; every iteration starts over with the same prompts.
 
-    Keys take turns, so that no batch is easier than another by chance. The sequence of epochs
-    depends on the seed alone. A prompt is a dict of ``prompt_id``, ``input_ids`` and
-    ``max_new_tokens``.
+    Keys take turns, so that no batch is easier than another by chance. A prompt is a dict of
+    ``prompt_id``, ``input_ids`` and ``max_new_tokens``.
 
     Args:
-        seed: Of salt and lengths.
-        epoch_size: Prompts in an epoch.
+        seed: Of salt and lengths, on which alone the prompts depend.
     """
 
-    def __init__(self, seed: int = 0, epoch_size: int = 256) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self._seed = seed
-        self._epoch_size = epoch_size
-        self._epochs_begun = 0
-
-    def __len__(self) -> int:
-        return self._epoch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self._epochs_begun
-        self._epochs_begun += 1
-        return self._epoch(epoch)
-
-    def _epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
-        rng = np.random.default_rng((self._seed, epoch))
-        for index in range(self._epoch_size):
+        rng = np.random.default_rng(self._seed)
+        for number in itertools.count():
             salt = rng.integers(FIRST_ANSWER_ID, VOCAB_SIZE, size=2).tolist()
             length = round(rng.lognormal(math.log(MEDIAN_LENGTH), LENGTH_SIGMA))
             yield {
-                "prompt_id": f"{epoch}-{index}",
-                "input_ids": [KEYS[index % len(KEYS)], *salt],
+                "prompt_id": str(number),
+                "input_ids": [KEYS[number % len(KEYS)], *salt],
                 "max_new_tokens": min(max(length, 1), MAX_LENGTH),
             }
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from arealtrio.demo.task import Prompts, reward_fn
+from arealtrio.demo.task import reward_fn
 from arealtrio.demo.trainer import TrainingBatch
 from arealtrio.embedded.model import TinyModel, log_softmax
-
-
-def endless(prompts: Prompts) -> Iterator[dict[str, Any]]:
-    while True:
-        yield from prompts
 
 
 def answer(

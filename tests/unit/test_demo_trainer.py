@@ -13,7 +13,7 @@ from arealtrio.demo.task import Prompts, base_model
 from arealtrio.demo.trainer import PolicyTrainer, group_advantages
 from arealtrio.embedded.model import TinyModel, Weights
 
-from ..models.rollouts import batch, endless
+from ..models.rollouts import batch
 
 BATCH = 16
 GROUP = 4
@@ -22,7 +22,7 @@ GROUP = 4
 def rewards_of_a_run(seed: int, *, steps: int, freeze: bool = False) -> list[float]:
     """Train on rollouts that are one to four versions old, some rewards per step."""
     rng = np.random.default_rng(seed)
-    trainer, prompts = PolicyTrainer(base_model(seed), seed=seed), endless(Prompts(seed))
+    trainer, prompts = PolicyTrainer(base_model(seed), seed=seed), iter(Prompts(seed))
     versions, rewards = [trainer.model], []
     for _ in range(steps):
         ages = rng.integers(1, 5, size=BATCH).tolist()

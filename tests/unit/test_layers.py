@@ -78,7 +78,7 @@ DOORS = {
     "requests": "",
     "socket": "transport embedded",
     "ssl": "transport",
-    "subprocess": "reward",
+    "subprocess": "reward demo",
     "threading": "controller staleness",  # staleness: for the public `lock` that AReaL has
     "urllib3": "",
 }

@@ -1,0 +1,129 @@
+"""Embedded servers as processes of their own, none of which outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ..errors import NoServerAvailable
+
+_ANNOUNCEMENT = b"listening on "
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 0.6  # a server answers what it has within 0.25 s
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """One running server.
+
+    Args:
+        url: Where it listens.
+        process: What it is; its standard input is the pipe whose end makes it leave.
+        log: What it wrote to standard error.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check_alive(self) -> None:
+        """Raise NoServerAvailable, with the server's last words, if it has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise NoServerAvailable(
+                f"server {self.url} ended with status {status}{_last_words(self.log)}"
+            )
+
+
+@contextmanager
+def server_processes(
+    count: int, weights: Path, logs: Path, options: Sequence[str] = ()
+) -> Iterator[list[ServerProcess]]:
+    """Run ``count`` embedded servers around a block; leaving it ends them, however it is left.
+
+    A server also ends by itself when this process dies, because its standard input then ends. It
+    has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which
+    then ends the rollouts before the servers.
+
+    Args:
+        count: How many.
+        weights: Directory of the first weights.
+        logs: Existing directory for what they write to standard error.
+        options: Further arguments of ``python -m arealtrio.embedded``.
+
+    Raises:
+        NoServerAvailable: One ended, or said nothing, instead of listening; the others are ended.
+    """
+    command = [sys.executable, "-m", "arealtrio.embedded", "--weights", str(weights), *options]
+    with ExitStack() as stack:
+        logged = [logs / f"server-{number}.log" for number in range(count)]
+        # All are started before the first is waited for: they import at the same time.
+        processes = [_start(command, log, stack) for log in logged]
+        stack.callback(_stop_all, processes)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        yield [
+            ServerProcess(_wait_for_url(process, log, deadline), process, log)
+            for process, log in zip(processes, logged, strict=True)
+        ]
+
+
+def _start(command: Sequence[str], log: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--exit-with-parent"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            # Its products are tiny: threads would only spin against the other servers.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+    stack.enter_context(process)  # closes its pipes and waits for it
+    stack.callback(process.kill)  # before that; harmless once it has ended
+    return process
+
+
+def _stop_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait_for_url(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str:
+    assert process.stdout is not None
+    line = _read_line(process.stdout, deadline)
+    if not line.startswith(_ANNOUNCEMENT):
+        raise NoServerAvailable(f"an embedded server did not start{_last_words(log)}")
+    return line.removeprefix(_ANNOUNCEMENT).decode().strip()
+
+
+def _read_line(pipe: IO[bytes], deadline: float) -> bytes:
+    """Return the first line; what there is of it at the deadline or at the end of the pipe."""
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while not line.endswith(b"\n") and selector.select(max(deadline - time.monotonic(), 0)):
+            piece = os.read(pipe.fileno(), 1)  # by the byte: what follows the line stays unread
+            if not piece:
+                break
+            line += piece
+    return line
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return f": {said[-1]}" if said else ""

@@ -1,0 +1,122 @@
+"""What a demo run did: tallied batch by batch, as numbers and as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..trajectory import Batch
+from .trainer import StepReport
+
+_ENDS = 3  # batches at either end that the gain is measured over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """The numbers of a whole run.
+
+    Args:
+        steps: Training steps done.
+        reward_first: Mean reward of the first three batches.
+        reward_last: Mean reward of the last three.
+        rollouts: Groups by where they ended, under the executor's names.
+        tokens: Generated tokens trained on.
+        seconds: From the first prompt to the last weight update.
+        staleness_max: Of the oldest token in any batch, in versions.
+        staleness_histogram: Trajectories by the staleness of their oldest token.
+        mixed_version_trajectories: Trajectories made by more than one weight version.
+        weight_updates: Times new weights reached the servers.
+        servers: By address: ``requests``, as the client counted what it sent, and
+            ``requests_reported``, as the server counted what it received.
+    """
+
+    steps: int
+    reward_first: float
+    reward_last: float
+    rollouts: Mapping[str, int]
+    tokens: int
+    seconds: float
+    staleness_max: int
+    staleness_histogram: Mapping[int, int]
+    mixed_version_trajectories: int
+    weight_updates: int
+    servers: Mapping[str, Mapping[str, int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """Return the summary, none of it wider than 80 columns."""
+        trained = sum(self.staleness_histogram.values())
+        settled = ", ".join(f"{count} {name}" for name, count in self.rollouts.items() if count)
+        ages = ", ".join(
+            f"{age}: {count / max(trained, 1):.0%}"
+            for age, count in sorted(self.staleness_histogram.items())
+        )
+        yield f"reward      {self.reward_first:.3f} at first, {self.reward_last:.3f} at last"
+        yield f"groups      {settled}"
+        yield f"tokens      {self.tokens:,} in {self.seconds:.1f} s"
+        yield f"staleness   {self.staleness_max} versions at most; {ages}"
+        yield f"mixed       {self.mixed_version_trajectories:,} of {trained:,} trajectories"
+        yield f"updates     {self.weight_updates}, each on {len(self.servers)} servers"
+        for address, counts in self.servers.items():
+            yield (
+                f"server      {address}: {counts['requests']:,} requests, "
+                f"{counts['requests_reported']:,} by its own count"
+            )
+
+
+@dataclass(slots=True)
+class Tally:
+    """Adds up the batches of a run as they are trained on."""
+
+    rewards: list[float] = field(default_factory=list)
+    tokens: int = 0
+    ages: Counter[int] = field(default_factory=Counter)
+    mixed: int = 0
+
+    def add(self, batch: Batch, step: StepReport) -> None:
+        """Count one batch and the step that was made of it."""
+        self.rewards.append(step.reward_mean)
+        self.tokens += step.tokens
+        self.ages.update(batch.staleness_histogram("trajectories"))
+        self.mixed += batch.mixed_version_trajectories()
+
+    def report(
+        self,
+        *,
+        rollouts: Mapping[str, int],
+        seconds: float,
+        weight_updates: int,
+        servers: Mapping[str, Mapping[str, int]],
+    ) -> DemoReport:
+        """Return the run's report; see there for the arguments."""
+        return DemoReport(
+            steps=len(self.rewards),
+            reward_first=float(np.mean(self.rewards[:_ENDS])),
+            reward_last=float(np.mean(self.rewards[-_ENDS:])),
+            rollouts=dict(rollouts),
+            tokens=self.tokens,
+            seconds=seconds,
+            staleness_max=max(self.ages),
+            staleness_histogram=dict(sorted(self.ages.items())),
+            mixed_version_trajectories=self.mixed,
+            weight_updates=weight_updates,
+            servers=servers,
+        )
+
+
+def progress_line(number: int, steps: int, batch: Batch, step: StepReport, seconds: float) -> str:
+    """Return one step's line, at most 80 columns wide."""
+    ages = batch.staleness()
+    return (
+        f"step {number:>3}/{steps}  reward {step.reward_mean:.3f}  "
+        f"staleness {ages.mean():.1f}, max {ages.max()}  "
+        f"mixed {batch.mixed_version_trajectories():>2}/{len(ages)}  "
+        f"tokens {step.tokens:>5}  {seconds:5.1f} s"
+    )
