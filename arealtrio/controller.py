@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -17,9 +17,10 @@ from typing import Any, Generic, Self, TypeVar
 import outcome
 import trio
 
+from .batching import BatchStream, DataLoader, RolloutArguments
 from .config import RolloutConfig
 from .errors import RolloutClosed, RolloutCrashed, UsageError
-from .executor import BatchArguments, BatchStream, WorkflowExecutor, open_executor
+from .executor import WorkflowExecutor, open_executor
 from .groups import AcceptFunction, WorkflowLike
 from .loader import Prompt
 from .servers import ServerStatistics
@@ -324,7 +325,7 @@ class RolloutController:
 
     def prepare_batch(
         self,
-        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        dataloader: DataLoader,
         workflow: WorkflowLike,
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
@@ -337,7 +338,7 @@ class RolloutController:
         Raises:
             StopIteration: Where the async face raises StopAsyncIteration: the epoch has ended.
         """
-        arguments = BatchArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
         stream = self._ask(lambda executor: executor.stream_of(dataloader))
         while True:
             step = self._next_step(stream)
@@ -357,7 +358,7 @@ class RolloutController:
         return self._call(lambda: executor.next_step(stream), undo=undo)
 
     def _feed(
-        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: BatchArguments
+        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
     ) -> None:
         """Hand prompts over without waiting: an interrupted wait could lose them."""
         executor = self._live
@@ -371,7 +372,7 @@ class RolloutController:
 
     def batches(
         self,
-        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        dataloader: DataLoader,
         workflow: WorkflowLike,
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,

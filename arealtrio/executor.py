@@ -2,8 +2,8 @@
 
 Every decision (who starts, how a group ends, who is woken) is a synchronous function of the
 executor's state; only ``_run_member`` and the waits suspend. So there is no lock, and nothing is
-polled: whatever changes the state calls ``_pump`` (start what may start) and ``_notify`` (wake who
-can go on).
+polled: whatever changes the state calls ``_changed``, which starts what may start and wakes who can
+go on.
 """
 
 from __future__ import annotations
@@ -17,28 +17,15 @@ from typing import Any, TypeVar
 import numpy as np
 import trio
 
+from .admission import Admission
+from .batching import BatchStream, DataLoader, RolloutArguments, is_older, positive
 from .config import RolloutConfig
-from .delivery import DeliveryQueue, PermitOrder
+from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
-from .errors import (
-    DeadlineExceeded,
-    RolloutClosed,
-    RolloutCrashed,
-    StalenessBudgetExhausted,
-    TooManyFailures,
-    UsageError,
-)
-from .groups import (
-    AcceptFunction,
-    Deliver,
-    GroupTask,
-    Verdict,
-    WorkflowLike,
-    accepts,
-    resolve_accept,
-    resolve_workflow,
-)
-from .loader import LoaderFeed, Prompt
+from .errors import DeadlineExceeded, RolloutClosed, RolloutCrashed, TooManyFailures, UsageError
+from .groups import AcceptFunction, GroupTask, Verdict, WorkflowLike, accepts
+from .loader import Prompt
+from .results import ResultPool
 from .rows import rows_from_result
 from .settlement import Failure, RolloutCounts, RolloutResult, classify
 from .staleness import StalenessManager
@@ -47,7 +34,6 @@ from .transport import Transport
 from .types import FailureKind, ModelRequest, ModelResponse, Outcome
 from .waiting import WaitList, time_limit
 from .weights import WeightUpdate, WeightUpdateResult, update_weights
-from .workflow import RolloutWorkflow
 
 T = TypeVar("T")
 
@@ -73,16 +59,6 @@ class RolloutEngine:
         return self._engine.get_version()
 
 
-class BatchStream:
-    """The groups that ``prepare_batch`` draws from one data loader: queued, running, ready."""
-
-    def __init__(self, feed: LoaderFeed, order: PermitOrder) -> None:
-        self.feed = feed
-        self.accepted: DeliveryQueue[Group] = DeliveryQueue(order)
-        self.unsettled = 0
-        self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
-
-
 class WorkflowExecutor:
     """Runs rollouts: admits them, supervises them, settles each exactly once, delivers them.
 
@@ -96,6 +72,9 @@ class WorkflowExecutor:
         nursery: Where rollouts run.
         staleness_manager: Admits; None makes one from ``config``. It must be the only owner of
             admission for its servers: two levels of counting deadlock.
+
+    Attributes:
+        staleness_violations: Groups delivered beyond ``max_staleness``; only ``keep`` has any.
     """
 
     def __init__(
@@ -107,8 +86,6 @@ class WorkflowExecutor:
     ) -> None:
         self.config = config
         self.engine = engine
-        self.counts = RolloutCounts()
-        self.eval_counts = RolloutCounts()
         self.staleness_violations = 0
         self.staleness_manager = staleness_manager or StalenessManager(
             engine,
@@ -117,30 +94,29 @@ class WorkflowExecutor:
             config.max_staleness,
         )
         self._nursery = nursery
-        self._paused = False
-        self._closed = False
-        self._crash: BaseException | None = None
-        self._running_members = 0
-        self._largest_group = 1
-        self._ids = itertools.count()
-        self._queue: deque[GroupTask] = deque()  # submitted, not admitted
-        self._eval_queue: deque[GroupTask] = deque()
-        self._starting: GroupTask | None = None  # admitted, with members still to start
-        self._live: dict[str, GroupTask] = {}  # task id -> queued or running
         self._order = PermitOrder(in_order=config.straggler_policy == "wait")
-        self._no_order = PermitOrder(in_order=False)
-        self._eval_numbers = itertools.count()
-        self._results = DeliveryQueue[RolloutResult](self._order)  # of submit, for wait
-        self._eval_results = DeliveryQueue[RolloutResult](self._no_order)
-        self._held: dict[str, bool] = {}  # task id of a result in one of the two -> is_eval
-        self._claimed: dict[str, RolloutResult | None] = {}  # wait_for_task waits for it
+        self._admission = Admission(config, self.staleness_manager, self._order)
+        self._results = ResultPool(self._order)
         self._stream: BatchStream | None = None
-        self._consumed = 0  # groups delivered to the trainer, and versions' worth charged for
-        self._failed_in_a_row: deque[Exception] = deque(maxlen=config.max_consecutive_failures)
+        self._live: dict[str, GroupTask] = {}  # task id -> queued or running
+        self._ids = itertools.count()
         self._waiting = WaitList()
+        self._consumed = 0  # groups that left for the trainer, or were charged for in their place
+        self._failed_in_a_row: deque[Exception] = deque(maxlen=config.max_consecutive_failures)
         self._shuffle = np.random.default_rng(config.seed)
+        self._closed = False
 
-    # --- submitting --------------------------------------------------------------------------
+    @property
+    def counts(self) -> RolloutCounts:
+        """Training groups by where they are (invariant I1)."""
+        return self._admission.counts
+
+    @property
+    def eval_counts(self) -> RolloutCounts:
+        """Evaluation groups by where they are."""
+        return self._admission.eval_counts
+
+    # --- submit, wait ------------------------------------------------------------------------
 
     def submit(
         self,
@@ -170,226 +146,26 @@ class WorkflowExecutor:
             UsageError: If the id is in use, the queue is full, or the workflow is none.
             RolloutClosed: After close.
         """
-        group = GroupTask(
-            task_id=self._new_task_id(task_id),
-            data=data,
-            workflow=resolve_workflow(workflow, workflow_kwargs),
-            should_accept=resolve_accept(should_accept_fn),
-            size=_positive("group_size", group_size),
-            is_eval=is_eval,
-            deliver=self._deliver_result,
-        )
-        if not is_eval and len(self._queue) >= self._queue_limit():
+        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        task_id = self._new_task_id(task_id)
+        if not is_eval and self._admission.queued >= self._admission.queue_limit:
             raise UsageError(
-                f"{len(self._queue)} groups are queued, which is the queue_size; "
+                f"{self._admission.queued} groups are queued, which is the queue_size; "
                 "take results with wait, or raise queue_size"
             )
+        group = arguments.group(
+            task_id, data, self._results.deliver, is_eval=is_eval, is_batched=False
+        )
         self._enqueue([group])
-        return group.task_id
+        return task_id
 
-    def _queue_limit(self) -> int:
-        if self.config.queue_size is not None:
-            return self.config.queue_size
-        return max(self.config.pending_limit, 16 * self._concurrency())
-
-    def _new_task_id(self, task_id: str | None) -> str:
+    def _new_task_id(self, task_id: str | None = None) -> str:
         self._check_open()
         if task_id is None:
             return f"rollout-{next(self._ids)}"
-        if task_id in self._live or task_id in self._held:
+        if task_id in self._live or task_id in self._results:
             raise UsageError(f"task id {task_id!r} is in use; nothing was submitted")
         return task_id
-
-    def _enqueue(self, groups: Iterable[GroupTask]) -> None:
-        for group in groups:
-            self._live[group.task_id] = group
-            self._largest_group = max(self._largest_group, group.size)
-            if group.is_eval:
-                self.eval_counts.enqueue()
-                self._eval_queue.append(group)
-            else:
-                self.counts.enqueue()
-                self.staleness_manager.on_rollout_enqueued()
-                self._queue.append(group)
-        self._pump()
-
-    # --- admission ---------------------------------------------------------------------------
-
-    def _concurrency(self) -> int:
-        """Members that may run at once."""
-        configured = self.config.max_concurrent_rollouts
-        return configured or self.config.consumer_batch_size * self._largest_group
-
-    def _pump(self) -> None:
-        """Start every member that may start. The only place where a rollout begins."""
-        while self._running_members < self._concurrency() and not self._closed:
-            group = self._starting or self._admit()
-            if group is None:
-                return
-            index = group.start_member()
-            self._starting = group if group.to_start else None
-            self._running_members += 1
-            self._nursery.start_soon(self._run_member, group, index, name=f"rollout {group}")
-
-    def _admit(self) -> GroupTask | None:
-        """Take the next group whose first member may start now: evaluation goes before training.
-
-        A trainer that evaluates waits for it, and evaluation is short; training is bounded by its
-        own budget anyway.
-        """
-        if self._eval_queue:
-            group = self._eval_queue.popleft()
-            group.number = next(self._eval_numbers)
-            self.eval_counts.start()
-            return group
-        if self._paused or not self._queue:
-            return None
-        permit = self.staleness_manager.try_submit()
-        if permit is None:
-            return None
-        group = self._queue.popleft()
-        group.permit, group.number = permit, permit.number
-        self._order.granted(permit.number)
-        self.counts.start()
-        return group
-
-    # --- running -----------------------------------------------------------------------------
-
-    async def _run_member(self, group: GroupTask, index: int) -> None:
-        """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
-        verdict = Verdict(Outcome.CANCELLED)
-        scope = group.scopes[index]
-        scope.deadline = trio.current_time() + self.config.rollout_timeout_s
-        try:
-            with scope:
-                verdict = await self._episode(group, index)
-            if scope.cancelled_caught and not group.cancelled:
-                verdict = self._expired(index)
-        except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
-            verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
-        finally:
-            self._running_members -= 1
-            self._member_ended(group, verdict)
-
-    async def _episode(self, group: GroupTask, index: int) -> Verdict:
-        version = group.permit.version if group.permit else 0
-        result = await group.workflow.arun_episode(RolloutEngine(self.engine, version), group.data)
-        if result is None:
-            return Verdict(Outcome.REJECTED)
-        group.rows[index] = rows_from_result(result)
-        return Verdict(Outcome.ACCEPTED)
-
-    def _expired(self, index: int) -> Verdict:
-        limit = self.config.rollout_timeout_s
-        error = DeadlineExceeded(f"the rollout did not settle within rollout_timeout_s={limit:g}")
-        return Verdict(Outcome.EXPIRED, Failure(FailureKind.INFRASTRUCTURE, error, index))
-
-    def _member_ended(self, group: GroupTask, verdict: Verdict) -> None:
-        group.member_ended(verdict)
-        if self._starting is group and not group.to_start:
-            self._starting = None
-        if group.all_ended:
-            self._settle(group)
-        else:
-            self._pump()
-
-    # --- settling ----------------------------------------------------------------------------
-
-    def _settle(self, group: GroupTask) -> None:
-        """Settle a group whose members have all ended: exactly once, synchronously."""
-        accepted, verdict = self._judge(group)
-        counts = self.eval_counts if group.is_eval else self.counts
-        counts.settle(verdict.outcome, was_running=group.admitted)
-        if group.permit is not None:
-            _settle_permit(group, verdict.outcome)
-            self._order.settled(group.permit.number)
-        elif not group.is_eval:  # never admitted: it leaves the queue's count
-            self.staleness_manager.on_rollout_submitted()
-            self.staleness_manager.on_rollout_rejected()
-        self._count_failure(group, verdict)
-        del self._live[group.task_id]
-        group.deliver(
-            group,
-            RolloutResult(
-                task_id=group.task_id,
-                prompt_id=group.prompt_id,
-                outcome=verdict.outcome,
-                group=accepted,
-                failure=verdict.failure,
-                number=group.number,
-            ),
-        )
-        self._changed()
-
-    def _judge(self, group: GroupTask) -> tuple[Group | None, Verdict]:
-        """The group's outcome: its members' verdict, then the filter's."""
-        if group.verdict.outcome is not Outcome.ACCEPTED:
-            return None, group.verdict
-        try:
-            accepted = group.accepted()
-            if accepts(accepted, group.should_accept):
-                return accepted, group.verdict
-            return None, Verdict(Outcome.REJECTED)
-        except Exception as exc:  # noqa: BLE001 - the filter is user code
-            return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
-
-    def _count_failure(self, group: GroupTask, verdict: Verdict) -> None:
-        if group.is_eval or verdict.outcome is Outcome.CANCELLED:
-            return
-        if verdict.failure is None:
-            self._failed_in_a_row.clear()
-        else:
-            self._failed_in_a_row.append(verdict.failure.error)
-
-    # --- delivering --------------------------------------------------------------------------
-
-    def _deliver_result(self, group: GroupTask, result: RolloutResult) -> None:
-        if result.task_id in self._claimed:
-            self._claimed[result.task_id] = result
-        else:
-            self._hold(result, is_eval=group.is_eval)
-
-    def _hold(self, result: RolloutResult, *, is_eval: bool) -> None:
-        """Keep a result for ``wait`` or ``wait_for_task``; after close nobody can ask for it."""
-        if not self._closed:
-            self._held[result.task_id] = is_eval
-            self._results_of(is_eval).put(result)
-
-    def _results_of(self, is_eval: bool) -> DeliveryQueue[RolloutResult]:
-        return self._eval_results if is_eval else self._results
-
-    def _consume(self, groups: Sequence[Group]) -> None:
-        """Groups leave for the trainer: count them, and what is older than the bound."""
-        self._consumed += len(groups)
-        oldest = self.get_version() - self.config.max_staleness
-        self.staleness_violations += sum(_is_older(group, oldest) for group in groups)
-
-    # --- waiting -----------------------------------------------------------------------------
-
-    async def _wait_until(self, poll: Callable[[], T | None]) -> T:
-        self._check_open()
-        return await self._waiting.wait_until(poll)
-
-    def _changed(self) -> None:
-        """Start what may start now, and wake who can go on."""
-        self._pump()
-        self._waiting.notify()
-
-    @property
-    def closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return self._closed
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise self._closing_error()
-
-    def _closing_error(self) -> Exception:
-        if self._crash is None:
-            return RolloutClosed("the executor is closed")
-        error = RolloutCrashed(f"the rollout side died: {self._crash!r}")
-        error.__cause__ = self._crash
-        return error
 
     async def wait(
         self, count: int, timeout_s: float | None = None, *, is_eval: bool = False
@@ -408,31 +184,23 @@ class WorkflowExecutor:
             UsageError: If fewer than ``count`` are there or under way: waiting would never end.
             StalenessBudgetExhausted: If what is queued can not start before the next version.
         """
-        _positive("count", count)
-        queue = self._results_of(is_eval)
+        positive("count", count)
+        queue = self._results.of(is_eval=is_eval)
 
         def poll() -> list[RolloutResult] | None:
             if queue.ready >= count:
-                return [self._take(result, is_eval=is_eval) for result in queue.take(count)]
-            self._check_can_come(count, is_eval)
+                return self._took(self._results.take(count, is_eval=is_eval), is_eval=is_eval)
+            self._check_can_come(count, is_eval=is_eval)
             return None
 
         with time_limit(timeout_s, lambda: f"{queue.ready} of {count} results were there"):
             return await self._wait_until(poll)
-        raise AssertionError("unreachable")
 
-    def _take(self, result: RolloutResult, *, is_eval: bool) -> RolloutResult:
-        """A result leaves for its consumer."""
-        self._held.pop(result.task_id, None)
-        if not is_eval and result.group is not None:
-            self._consume([result.group])
-        return result
-
-    def _check_can_come(self, count: int, is_eval: bool) -> None:
-        there = len(self._results_of(is_eval))
+    def _check_can_come(self, count: int, *, is_eval: bool) -> None:
+        there = len(self._results.of(is_eval=is_eval))
         under_way = sum(
-            g.is_eval == is_eval and not g.is_batched and g.task_id not in self._claimed
-            for g in self._live.values()
+            group.is_eval == is_eval and not group.is_batched and not self._results.is_claimed(name)
+            for name, group in self._live.items()
         )
         if there + under_way < count:
             raise UsageError(
@@ -440,7 +208,7 @@ class WorkflowExecutor:
                 f"{under_way} are under way"
             )
         if not is_eval:
-            self._check_budget()
+            self._admission.check_budget()
 
     async def wait_for_task(self, task_id: str, timeout_s: float | None = None) -> RolloutResult:
         """Wait for one submission's result, and take it; ``wait`` does not get it meanwhile.
@@ -452,55 +220,39 @@ class WorkflowExecutor:
             UsageError: If the id was never submitted, or its result was taken.
             StalenessBudgetExhausted: As for ``wait``.
         """
-        is_eval = self._claim(task_id)
+        is_eval = self._results.claim(task_id, self._live.get(task_id))
 
         def poll() -> RolloutResult | None:
-            if (result := self._claimed[task_id]) is not None:
-                del self._claimed[task_id]
-                return self._take(result, is_eval=is_eval)
-            if not is_eval:
-                self._check_budget()
-            return None
+            result = self._results.take_claimed(task_id)
+            if result is None and not is_eval:
+                self._admission.check_budget()
+            return result
 
         try:
             with time_limit(timeout_s, lambda: f"task {task_id!r} has not settled"):
-                return await self._wait_until(poll)
-            raise AssertionError("unreachable")
+                result = await self._wait_until(poll)
         finally:
-            unclaimed = self._claimed.pop(task_id, None)
-            if unclaimed is not None:  # it came, and was not taken
-                self._hold(unclaimed, is_eval=is_eval)
+            self._results.unclaim(task_id, is_eval=is_eval)
+        (taken,) = self._took([result], is_eval=is_eval)
+        return taken
 
-    def _claim(self, task_id: str) -> bool:
-        """Reserve a result for one waiter; return whether it is of evaluation."""
+    def _took(self, results: list[RolloutResult], *, is_eval: bool) -> list[RolloutResult]:
+        if not is_eval:
+            self._consume([result.group for result in results if result.group is not None])
+        return results
+
+    def is_eval(self, task_id: str) -> bool:
+        """Whether a task that is queued, running or not yet taken is of evaluation."""
         live = self._live.get(task_id)
-        is_eval = self._held.get(task_id, live.is_eval if live else None)
-        if is_eval is None or (live and live.is_batched) or task_id in self._claimed:
-            raise UsageError(
-                f"task {task_id!r} is not there: never submitted, taken, or waited for already"
-            )
-        held = None
-        if task_id in self._held:
-            del self._held[task_id]
-            held = self._results_of(is_eval).pop_task(task_id)
-        self._claimed[task_id] = held
-        return is_eval
+        return live.is_eval if live else bool(self._results.is_eval(task_id))
 
-    def _check_budget(self) -> None:
-        """Raise where nothing can happen before the next version, which the waiter has to make."""
-        if self._order.unsettled or self._paused or not self._queue:
-            return
-        capacity = self.staleness_manager.get_capacity()
-        if capacity > 0:
-            return
-        stat = self.staleness_manager.get_stats()
-        raise StalenessBudgetExhausted(
-            f"{len(self._queue)} groups are queued, and none may start before the next weight "
-            f"version: {stat.accepted} accepted and {self.staleness_manager.charged} charged of "
-            f"(max_staleness {self.config.max_staleness} + version {self.get_version()} + 1) · "
-            f"{self.config.consumer_batch_size}. Update the weights (or set_version) before "
-            "asking for more, or raise max_staleness"
-        )
+    def give_back_results(self, results: Sequence[RolloutResult], *, is_eval: bool) -> None:
+        """Return results that did not reach their consumer; the next wait delivers them again."""
+        for result in results:
+            self._results.put(result, is_eval=is_eval)
+            if not is_eval and result.group is not None:
+                self._consumed -= 1
+        self._waiting.notify()
 
     # --- rollout_batch -----------------------------------------------------------------------
 
@@ -522,60 +274,35 @@ class WorkflowExecutor:
         Raises:
             StalenessBudgetExhausted: If they can not all start before the next version.
         """
-        self._check_open()
-        resolved = resolve_workflow(workflow, workflow_kwargs)
-        accept = resolve_accept(should_accept_fn)
-        size = _positive("group_size", group_size)
+        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
         settled: dict[str, RolloutResult] = {}
-        groups = [
-            GroupTask(
-                task_id=self._new_task_id(None),
-                data=prompt,
-                workflow=resolved,
-                should_accept=accept,
-                size=size,
-                is_batched=True,
-                deliver=lambda group, result: settled.__setitem__(group.task_id, result),
-            )
-            for prompt in data
-        ]
+
+        def deliver(group: GroupTask, result: RolloutResult) -> None:
+            settled[group.task_id] = result
 
         def poll() -> list[RolloutResult] | None:
             if len(settled) == len(groups):
                 return [settled[group.task_id] for group in groups]
-            self._check_budget()
+            self._admission.check_budget()
             return None
 
+        groups = [arguments.group(self._new_task_id(), prompt, deliver) for prompt in data]
         self._enqueue(groups)
         try:
-            return self._as_batch(await self._wait_until(poll))
+            results = await self._wait_until(poll)
         finally:
             for group in groups:
                 self._cancel(group)
-
-    def _as_batch(self, results: Sequence[RolloutResult]) -> Batch:
-        groups = tuple(result.group for result in results if result.group is not None)
-        self._consume(groups)
+        accepted = tuple(result.group for result in results if result.group is not None)
         failures = tuple(result for result in results if result.group is None)
-        return Batch(groups=groups, version=self.get_version(), failures=failures)
-
-    def _cancel(self, group: GroupTask) -> None:
-        """Withdraw a group; harmless once it has settled."""
-        if group.task_id not in self._live:
-            return
-        if not group.admitted:
-            (self._eval_queue if group.is_eval else self._queue).remove(group)
-        if self._starting is group:
-            self._starting = None
-        group.stop(Verdict(Outcome.CANCELLED))
-        if group.all_ended:  # else the last of its tasks settles it
-            self._settle(group)
+        self._consume(accepted)
+        return Batch(groups=accepted, version=self.get_version(), failures=failures)
 
     # --- prepare_batch -----------------------------------------------------------------------
 
     async def prepare_batch(
         self,
-        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        dataloader: DataLoader,
         workflow: WorkflowLike,
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
@@ -594,8 +321,8 @@ class WorkflowExecutor:
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
         """
+        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
         stream = self.stream_of(dataloader)
-        arguments = BatchArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
         while True:
             step = await self.next_step(stream)
             if isinstance(step, Batch):
@@ -606,7 +333,7 @@ class WorkflowExecutor:
 
     def batches(
         self,
-        dataloader: Iterable[Prompt | Sequence[Prompt]],
+        dataloader: DataLoader,
         workflow: WorkflowLike,
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
@@ -615,95 +342,55 @@ class WorkflowExecutor:
         """One epoch of ``prepare_batch``: ``async for batch in rollout.batches(…)``."""
         return Batches(self, (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size))
 
-    def stream_of(self, dataloader: Iterable[Prompt | Sequence[Prompt]]) -> BatchStream:
+    def stream_of(self, dataloader: DataLoader) -> BatchStream:
         """The stream of a data loader: the one under way, or a new epoch.
 
         ``stream_of``, ``next_step`` and ``feed`` are the steps of ``prepare_batch``, apart so that
         the synchronous face can iterate the data loader in the trainer's own thread.
         """
         self._check_open()
-        stream = self._stream
-        if stream is None:
-            stream = self._stream = BatchStream(LoaderFeed(dataloader), self._order)
-        elif stream.feed.loader is not dataloader:
-            raise UsageError(
-                f"prepare_batch was given another data loader, while {stream.unsettled} groups of "
-                f"the last one are under way and {len(stream.accepted)} wait to be delivered; "
-                "read the last one to its end first"
-            )
-        return stream
+        if self._stream is None:
+            self._stream = BatchStream(dataloader, self._order)
+        self._stream.refuse(dataloader)
+        return self._stream
 
     def feed(
-        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: BatchArguments
+        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
     ) -> None:
         """Queue prompts that were read for a stream."""
-
-        def deliver(_: GroupTask, result: RolloutResult) -> None:
-            stream.unsettled -= 1
-            if result.group is not None:
-                stream.accepted.put(result.group)
-            elif result.outcome is not Outcome.CANCELLED:
-                stream.failures.append(result)
-
         stream.unsettled += len(prompts)
         self._enqueue(
-            arguments.group_of(self._new_task_id(None), prompt, deliver) for prompt in prompts
+            [arguments.group(self._new_task_id(), prompt, stream.deliver) for prompt in prompts]
         )
 
     async def next_step(self, stream: BatchStream) -> Batch | int:
         """Wait until the stream wants prompts (how many), or has a batch (empty: it has ended)."""
-        return await self._wait_until(lambda: self._look(stream))
+        return await self._wait_until(lambda: self._step(stream))
 
-    def _look(self, stream: BatchStream) -> Batch | int | None:
-        wanted = self.config.pending_limit - len(self._queue)
+    def _step(self, stream: BatchStream) -> Batch | int | None:
+        limit, size = self.config.pending_limit, self.config.consumer_batch_size
+        wanted = limit - self._admission.queued
         # Asking for one prompt at a time would cost the trainer's thread a round trip each.
-        if not stream.feed.exhausted and wanted >= max(1, self.config.pending_limit // 4):
+        if not stream.feed.exhausted and wanted >= max(1, limit // 4):
             return wanted
-        self._discard_too_old(stream)
-        if stream.accepted.ready >= self.config.consumer_batch_size:
-            return self._release(stream, self.config.consumer_batch_size)
+        if self.config.straggler_policy == "wait":
+            self._consumed += stream.discard_older_than(self._oldest(), self.get_version())
+        if stream.accepted.ready >= size:
+            return self._release(stream, size)
         if len(self._failed_in_a_row) == self.config.max_consecutive_failures:
             raise self._too_many_failures()
-        if stream.feed.exhausted and not stream.unsettled:
+        if stream.ended:
             if not stream.accepted:
                 self._stream = None
             return self._release(stream, stream.accepted.ready)
-        self._check_budget()
+        self._admission.check_budget()
         return None
-
-    def _discard_too_old(self, stream: BatchStream) -> None:
-        """Under ``wait``, drop what became too old because versions advanced without a batch.
-
-        A trainer that takes one batch per version never gets here; see ``delivery``.
-        """
-        if self.config.straggler_policy != "wait":
-            return
-        oldest = self.get_version() - self.config.max_staleness
-        while stream.accepted.ready and _is_older(stream.accepted.first(), oldest):
-            (group,) = stream.accepted.take(1)
-            self._consumed += 1
-            error = UsageError(
-                f"discarded: its oldest token is of version {group.head_version}, the trainer is "
-                f"at {self.get_version()}, max_staleness is {self.config.max_staleness}; "
-                "the version advanced without a batch"
-            )
-            failure = Failure(FailureKind.DATA, error)
-            stream.failures.append(
-                RolloutResult(
-                    task_id=group.task_id,
-                    prompt_id=group.prompt_id,
-                    outcome=Outcome.EXPIRED,
-                    failure=failure,
-                    number=group.number,
-                )
-            )
 
     def _release(self, stream: BatchStream, count: int) -> Batch:
         groups = stream.accepted.take(count)
         self._consume(groups)
-        failures, stream.failures = tuple(stream.failures), []
         shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
-        return Batch(groups=shuffled, version=self.get_version(), failures=failures)
+        return Batch(groups=shuffled, version=self.get_version(), failures=stream.take_failures())
 
     def _too_many_failures(self) -> TooManyFailures:
         causes = list(self._failed_in_a_row)
@@ -711,19 +398,6 @@ class WorkflowExecutor:
         return TooManyFailures(
             f"{len(causes)} groups failed in a row (max_consecutive_failures)", causes
         )
-
-    def is_eval(self, task_id: str) -> bool:
-        """Whether a task that is queued, running or not yet taken is of evaluation."""
-        live = self._live.get(task_id)
-        return live.is_eval if live else self._held.get(task_id, False)
-
-    def give_back_results(self, results: Sequence[RolloutResult], *, is_eval: bool) -> None:
-        """Return results that did not reach their consumer; the next wait delivers them again."""
-        for result in results:
-            self._hold(result, is_eval=is_eval)
-            if not is_eval and result.group is not None:
-                self._consumed -= 1
-        self._waiting.notify()
 
     def give_back(self, batch: Batch) -> None:
         """Return a batch that did not reach its consumer; the next call delivers it again."""
@@ -733,6 +407,107 @@ class WorkflowExecutor:
             self._stream.failures[:0] = batch.failures
             self._consumed -= len(batch.groups)
             self._waiting.notify()
+
+    # --- starting ----------------------------------------------------------------------------
+
+    def _enqueue(self, groups: Iterable[GroupTask]) -> None:
+        for group in groups:
+            self._live[group.task_id] = group
+            self._admission.enqueue(group)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Start every member that may start. The only place where a rollout begins."""
+        while not self._closed and (member := self._admission.next_member()) is not None:
+            self._nursery.start_soon(self._run_member, *member, name=f"rollout {member[0]}")
+
+    def _changed(self) -> None:
+        """Start what may start now, and wake who can go on."""
+        self._pump()
+        self._waiting.notify()
+
+    # --- running -----------------------------------------------------------------------------
+
+    async def _run_member(self, group: GroupTask, index: int) -> None:
+        """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
+        verdict = Verdict(Outcome.CANCELLED)
+        scope = group.scopes[index]
+        scope.deadline = trio.current_time() + self.config.rollout_timeout_s
+        try:
+            with scope:
+                verdict = await self._episode(group, index)
+            if scope.cancelled_caught and not group.cancelled:
+                verdict = self._expired(index)
+        except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
+            verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
+        finally:
+            self._member_ended(group, verdict)
+
+    async def _episode(self, group: GroupTask, index: int) -> Verdict:
+        version = group.permit.version if group.permit else 0
+        result = await group.workflow.arun_episode(RolloutEngine(self.engine, version), group.data)
+        if result is None:
+            return Verdict(Outcome.REJECTED)
+        group.rows[index] = rows_from_result(result)
+        return Verdict(Outcome.ACCEPTED)
+
+    def _expired(self, index: int) -> Verdict:
+        limit = self.config.rollout_timeout_s
+        error = DeadlineExceeded(f"the rollout did not settle within rollout_timeout_s={limit:g}")
+        return Verdict(Outcome.EXPIRED, Failure(FailureKind.INFRASTRUCTURE, error, index))
+
+    def _member_ended(self, group: GroupTask, verdict: Verdict) -> None:
+        group.member_ended(verdict)
+        self._admission.member_ended(group)
+        if group.all_ended:
+            self._settle(group)
+        else:
+            self._pump()
+
+    # --- settling ----------------------------------------------------------------------------
+
+    def _settle(self, group: GroupTask) -> None:
+        """Settle a group whose members have all ended: exactly once, synchronously."""
+        accepted, verdict = _judge(group)
+        self._admission.settled(group, verdict.outcome)
+        self._count_failure(group, verdict)
+        del self._live[group.task_id]
+        result = RolloutResult(
+            task_id=group.task_id,
+            prompt_id=group.prompt_id,
+            outcome=verdict.outcome,
+            group=accepted,
+            failure=verdict.failure,
+            number=group.number,
+        )
+        group.deliver(group, result)
+        self._changed()
+
+    def _count_failure(self, group: GroupTask, verdict: Verdict) -> None:
+        if group.is_eval or verdict.outcome is Outcome.CANCELLED:
+            return
+        if verdict.failure is None:
+            self._failed_in_a_row.clear()
+        else:
+            self._failed_in_a_row.append(verdict.failure.error)
+
+    def _cancel(self, group: GroupTask) -> None:
+        """Withdraw a group; harmless once it has settled."""
+        if group.task_id not in self._live:
+            return
+        self._admission.withdraw(group)
+        group.stop(Verdict(Outcome.CANCELLED))
+        if group.all_ended:  # else the last of its tasks settles it
+            self._settle(group)
+
+    def _consume(self, groups: Sequence[Group]) -> None:
+        """Groups leave for the trainer: count them, and those that are beyond the bound."""
+        self._consumed += len(groups)
+        self.staleness_violations += sum(is_older(group, self._oldest()) for group in groups)
+
+    def _oldest(self) -> int:
+        """The oldest version that a token consumed now may have."""
+        return self.get_version() - self.config.max_staleness
 
     # --- version, pause ----------------------------------------------------------------------
 
@@ -760,10 +535,10 @@ class WorkflowExecutor:
         return result
 
     def _charge_for(self, version: int) -> None:
-        """Charge the budget for a version step that consumes less than a batch.
+        """Charge the budget for version steps that consumed less than a batch each.
 
-        The proof in ``delivery`` has one release of B per step. A short batch must not buy more
-        rollouts than a full one; AReaL's ``keep`` has no such condition.
+        The proof in ``delivery`` has one release of B per step, so a short batch must not buy more
+        rollouts than a full one. AReaL's ``keep`` has no such condition.
         """
         if self.config.straggler_policy != "wait":
             return
@@ -778,11 +553,11 @@ class WorkflowExecutor:
 
     def pause(self) -> None:
         """Start no further training rollout. What runs goes on, and evaluation too."""
-        self._paused = True
+        self._admission.paused = True
 
     def resume(self) -> None:
         """Start training rollouts again."""
-        self._paused = False
+        self._admission.paused = False
         self._changed()
 
     async def drain(self, timeout_s: float | None = None) -> None:
@@ -791,67 +566,37 @@ class WorkflowExecutor:
         Raises:
             TimeoutError: If something still runs after ``timeout_s``.
         """
+        admission = self._admission
+        with time_limit(timeout_s, lambda: f"{admission.running_members} rollouts still run"):
+            await self._wait_until(lambda: True if admission.running_members == 0 else None)
 
-        def poll() -> bool | None:
-            return True if self._running_members == 0 else None
+    # --- waiting, closing --------------------------------------------------------------------
 
-        with time_limit(timeout_s, lambda: f"{self._running_members} rollouts still run"):
-            await self._wait_until(poll)
+    async def _wait_until(self, poll: Callable[[], T | None]) -> T:
+        self._check_open()
+        return await self._waiting.wait_until(poll)
 
-    # --- closing -----------------------------------------------------------------------------
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
 
-    def close(self, crash: BaseException | None = None) -> None:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
+
+    def close(self) -> None:
         """Settle what is queued as cancelled, cancel what runs, wake every waiter. Idempotent."""
         self._closed = True
-        self._crash = self._crash or crash
-        self._starting = None
         for group in list(self._live.values()):
             self._cancel(group)
-        self._waiting.end(self._closing_error)
+        self._waiting.end(_closed_error)
 
     def check_settled(self) -> None:
         """Assert that nothing is left: every submission has settled."""
         for counts in (self.counts, self.eval_counts):
             assert counts.queued == 0, counts
             assert counts.running == 0, counts
-
-
-class BatchArguments:
-    """What a ``prepare_batch`` call wants done with the prompts it reads."""
-
-    def __init__(
-        self, workflow: RolloutWorkflow, should_accept: AcceptFunction | None, group_size: int
-    ) -> None:
-        self._workflow = workflow
-        self._should_accept = should_accept
-        self._group_size = group_size
-
-    @classmethod
-    def of(
-        cls,
-        workflow: WorkflowLike,
-        workflow_kwargs: Mapping[str, Any] | None,
-        should_accept_fn: AcceptFunction | str | None,
-        group_size: int,
-    ) -> BatchArguments:
-        """Check and resolve the caller's arguments."""
-        return cls(
-            resolve_workflow(workflow, workflow_kwargs),
-            resolve_accept(should_accept_fn),
-            _positive("group_size", group_size),
-        )
-
-    def group_of(self, task_id: str, prompt: Prompt, deliver: Deliver) -> GroupTask:
-        """A group of one prompt."""
-        return GroupTask(
-            task_id=task_id,
-            data=prompt,
-            workflow=self._workflow,
-            should_accept=self._should_accept,
-            size=self._group_size,
-            is_batched=True,
-            deliver=deliver,
-        )
 
 
 class Batches:
@@ -866,6 +611,23 @@ class Batches:
 
     async def __anext__(self) -> Batch:
         return await self._executor.prepare_batch(*self._arguments)
+
+
+def _judge(group: GroupTask) -> tuple[Group | None, Verdict]:
+    """A group's outcome: its members' verdict, then the filter's."""
+    if group.verdict.outcome is not Outcome.ACCEPTED:
+        return None, group.verdict
+    try:
+        accepted = group.accepted()
+        if accepts(accepted, group.should_accept):
+            return accepted, group.verdict
+    except Exception as exc:  # noqa: BLE001 - the filter is user code
+        return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
+    return None, Verdict(Outcome.REJECTED)
+
+
+def _closed_error() -> RolloutClosed:
+    return RolloutClosed("the executor is closed")
 
 
 @asynccontextmanager
@@ -906,21 +668,3 @@ async def open_executor(
         if left_with is not None:
             raise left_with
         executor.check_settled()
-
-
-def _settle_permit(group: GroupTask, ended: Outcome) -> None:
-    assert group.permit is not None
-    if ended is Outcome.ACCEPTED:
-        group.permit.accept()
-    else:
-        group.permit.reject()
-
-
-def _is_older(group: Group, version: int) -> bool:
-    return group.head_version is not None and group.head_version < version
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
-    return value

@@ -25,6 +25,7 @@ TOP = (
     ("demo",),
     ("controller",),
     ("executor",),
+    ("admission", "batching", "results"),
     ("groups",),
     ("delivery", "loader", "settlement", "waiting"),
 )

@@ -1,0 +1,175 @@
+"""BatchStream: from a data loader's prompts to training batches, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from .delivery import DeliveryQueue, PermitOrder
+from .errors import UsageError
+from .groups import (
+    AcceptFunction,
+    Deliver,
+    GroupTask,
+    WorkflowLike,
+    resolve_accept,
+    resolve_workflow,
+)
+from .loader import LoaderFeed, Prompt
+from .settlement import Failure, RolloutResult
+from .trajectory import Group
+from .types import FailureKind, Outcome
+from .workflow import RolloutWorkflow
+
+DataLoader: TypeAlias = Iterable[Prompt | Sequence[Prompt]]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutArguments:
+    """What a call wants done with its prompts, checked.
+
+    Args:
+        workflow: Runs one member.
+        should_accept: The filter.
+        group_size: Members of a group.
+    """
+
+    workflow: RolloutWorkflow
+    should_accept: AcceptFunction | None
+    group_size: int
+
+    @classmethod
+    def of(
+        cls,
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None,
+        should_accept_fn: AcceptFunction | str | None,
+        group_size: int,
+    ) -> RolloutArguments:
+        """Resolve a caller's arguments.
+
+        Raises:
+            UsageError: If one of them is not what it should be.
+        """
+        return cls(
+            resolve_workflow(workflow, workflow_kwargs),
+            resolve_accept(should_accept_fn),
+            positive("group_size", group_size),
+        )
+
+    def group(
+        self,
+        task_id: str,
+        prompt: Prompt,
+        deliver: Deliver,
+        *,
+        is_eval: bool = False,
+        is_batched: bool = True,
+    ) -> GroupTask:
+        """A group of one prompt."""
+        return GroupTask(
+            task_id=task_id,
+            data=prompt,
+            workflow=self.workflow,
+            should_accept=self.should_accept,
+            size=self.group_size,
+            deliver=deliver,
+            is_eval=is_eval,
+            is_batched=is_batched,
+        )
+
+
+class BatchStream:
+    """The groups that ``prepare_batch`` draws from one data loader: under way, or ready to leave.
+
+    Args:
+        loader: The data loader; ``iter`` is called once.
+        order: Of all permits.
+    """
+
+    def __init__(self, loader: DataLoader, order: PermitOrder) -> None:
+        self.feed = LoaderFeed(loader)
+        self.accepted: DeliveryQueue[Group] = DeliveryQueue(order)
+        self.unsettled = 0
+        self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
+
+    @property
+    def ended(self) -> bool:
+        """Whether no prompt is left and nothing is under way."""
+        return self.feed.exhausted and not self.unsettled
+
+    def deliver(self, _: GroupTask, result: RolloutResult) -> None:
+        """A group of this stream settled."""
+        self.unsettled -= 1
+        if result.group is not None:
+            self.accepted.put(result.group)
+        elif result.outcome is not Outcome.CANCELLED:
+            self.failures.append(result)
+
+    def discard_older_than(self, oldest: int, version: int) -> int:
+        """Drop what became too old because versions advanced without a batch.
+
+        A trainer that takes one batch per version never has any; see ``delivery``.
+
+        Args:
+            oldest: The oldest admissible version.
+            version: The trainer's, for the message.
+
+        Returns:
+            How many were dropped; each is among ``failures``.
+        """
+        count = 0
+        while self.accepted.ready and is_older(self.accepted.first(), oldest):
+            (group,) = self.accepted.take(1)
+            self.failures.append(_discarded(group, version))
+            count += 1
+        return count
+
+    def take_failures(self) -> tuple[RolloutResult, ...]:
+        """What settled otherwise since this was last asked."""
+        failures, self.failures = tuple(self.failures), []
+        return failures
+
+    def refuse(self, loader: DataLoader) -> None:
+        """Raise if ``loader`` is another one than this stream's.
+
+        Raises:
+            UsageError: With what is still under way.
+        """
+        if loader is not self.feed.loader:
+            raise UsageError(
+                f"prepare_batch was given another data loader, while {self.unsettled} groups of "
+                f"the last one are under way and {len(self.accepted)} wait to be delivered; "
+                "read the last one to its end first"
+            )
+
+
+def _discarded(group: Group, version: int) -> RolloutResult:
+    error = UsageError(
+        f"discarded: its oldest token is of version {group.head_version} and the trainer is at "
+        f"{version}, beyond max_staleness; the version advanced without a batch"
+    )
+    return RolloutResult(
+        task_id=group.task_id,
+        prompt_id=group.prompt_id,
+        outcome=Outcome.EXPIRED,
+        failure=Failure(FailureKind.DATA, error),
+        number=group.number,
+    )
+
+
+def is_older(group: Group, version: int) -> bool:
+    """Whether a group holds a token older than ``version``."""
+    return group.head_version is not None and group.head_version < version
+
+
+def positive(name: str, value: int) -> int:
+    """Return ``value``.
+
+    Raises:
+        UsageError: If it is not an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value
