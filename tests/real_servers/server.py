@@ -11,7 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -48,6 +48,13 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server binds to core 0
     "OMP_NUM_THREADS": "1",
 }
+
+
+class Scored(NamedTuple):
+    """One token in its context: its log-probability, and that of the likeliest token there."""
+
+    logprob: float
+    best: float
 
 
 class ServerDied(Exception):
@@ -142,6 +149,19 @@ class VllmServer:
         }
         choice = self.call("POST", "/v1/completions", question).json()["choices"][0]
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+    def score(self, ids: list[int]) -> list[Scored]:
+        """Ask what the present weights think of each token but the first, in one forward pass."""
+        question = {"model": MODEL, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 1}
+        answer = self.call("POST", "/v1/completions", question).json()
+        told = answer["choices"][0]["prompt_logprobs"][1:]
+        return [
+            Scored(
+                logprob=candidates[str(token)]["logprob"],
+                best=max(c["logprob"] for c in candidates.values()),
+            )
+            for token, candidates in zip(ids[1:], told, strict=True)
+        ]
 
     def metrics(self) -> dict[str, float]:
         """Sum each metric over its labels; gauges are as of the last engine step."""

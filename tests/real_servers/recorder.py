@@ -1,0 +1,128 @@
+"""Look over the library's shoulder: what the servers answered, and what the engine made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any
+
+import trio
+
+from arealtrio.transport import (
+    RESPONSE_SIZE_BYTES_MAX,
+    HttpTransport,
+    StreamedResponse,
+    Transport,
+)
+from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse, TimeLimits
+from arealtrio.workflow import Engine, RolloutWorkflow
+
+TOKEN_ROUTE = "/inference/v1/generate"
+
+
+class Recorder:
+    """A Transport that keeps each generation's answers, as they arrived, under its id.
+
+    Args:
+        inner: Does the work.
+    """
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+        self.choices: dict[str, dict[int, Mapping[str, Any]]] = {}  # rid -> segment -> its answer
+        self.asked: dict[str, int] = {}  # server -> generations sent
+
+    async def request(
+        self,
+        base_url: str,
+        request: HttpRequest,
+        limits: TimeLimits,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> HttpResponse:
+        generation = request.method == "POST" and request.path == TOKEN_ROUTE
+        if generation:
+            self.asked[base_url] = self.asked.get(base_url, 0) + 1
+        answer = await self._inner.request(
+            base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
+        )
+        if generation and answer.status == 200:
+            (choice,) = json.loads(answer.body)["choices"]
+            rid, _, segment = dict(request.headers)["X-Request-Id"].rpartition("-")
+            self.choices.setdefault(rid, {})[int(segment)] = choice
+        return answer
+
+    def stream(
+        self,
+        base_url: str,
+        request: HttpRequest,
+        limits: TimeLimits,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> AbstractAsyncContextManager[StreamedResponse]:
+        return self._inner.stream(
+            base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
+        )
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    def segments_of(self, rid: str) -> list[Mapping[str, Any]]:
+        """Return the answers that one generation was put together from, in order."""
+        numbered = self.choices.get(rid, {})
+        return [numbered[number] for number in sorted(numbered)]
+
+    def tokens_told(self, rid: str) -> list[int]:
+        """Return the tokens the servers gave for one generation."""
+        return [token for choice in self.segments_of(rid) for token in choice["token_ids"]]
+
+    def versions_told(self, rid: str) -> list[int]:
+        """Return the version that the servers themselves report for each of these tokens."""
+        return [
+            int(span["version"])
+            for choice in self.segments_of(rid)
+            for span in choice["weight_versions"]
+            for _ in range(span["start"], span["end"])
+        ]
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """Record real HTTP; closed on leaving, when no trio run is left that could do it."""
+    recorder = Recorder(HttpTransport())
+    try:
+        yield recorder
+    finally:
+        trio.run(recorder.aclose)
+
+
+class SpyWorkflow:
+    """Another workflow, and every generation it asks for.
+
+    Args:
+        inner: The workflow.
+    """
+
+    def __init__(self, inner: RolloutWorkflow) -> None:
+        self._inner = inner
+        self.responses: list[ModelResponse] = []
+
+    async def arun_episode(self, engine: Engine, data: Mapping[str, Any], /) -> Any:
+        return await self._inner.arun_episode(_SpyEngine(engine, self.responses), data)
+
+
+class _SpyEngine:
+    def __init__(self, inner: Engine, responses: list[ModelResponse]) -> None:
+        self._inner = inner
+        self._responses = responses
+
+    async def agenerate(self, request: ModelRequest, /) -> ModelResponse:
+        response = await self._inner.agenerate(request)
+        self._responses.append(response)
+        return response
+
+    def get_version(self) -> int:
+        return self._inner.get_version()
