@@ -1,6 +1,6 @@
 """Serve the embedded server over HTTP, inside a trio program or as a process of its own.
 
-hypercorn does the HTTP side on trio; this module gives it a socket, runs the decode loop beside it
+hypercorn does the HTTP side on trio; this module gives it a socket, runs the decode loop beside it,
 and ends both together.
 """
 
@@ -14,26 +14,20 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
-import hypercorn.trio
 import trio
-from hypercorn.config import Config, Sockets
-from hypercorn.typing import Framework
 from starlette.applications import Starlette
 
+from .connections import GRACE_S, Connections
 from .engine import Engine
 from .model import TinyModel
 from .scheduler import Scheduler
 from .settings import DialectName, ServerSettings
 from .vllm_app import vllm_app
 
-__all__ = ["RunningServer", "ServerSettings", "main", "running_server", "serve"]
+__all__ = ["GRACE_S", "RunningServer", "ServerSettings", "main", "running_server", "serve"]
 
-GRACE_S = 0.25  # for answers already made to be written after the server was told to stop
-KEEP_ALIVE_S = 75.0  # longer than a client keeps an idle connection, so that it closes first
-BACKLOG = 1024
+BACKLOG = 1024  # connections the kernel holds until they are accepted
 _APPS: dict[DialectName, Callable[[Engine, ServerSettings], Starlette]] = {"vllm": vllm_app}
 _LOG = logging.getLogger("arealtrio.embedded")
 
@@ -89,43 +83,33 @@ async def _serve(
     task_status: trio.TaskStatus[RunningServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     server = RunningServer(_url(listener), engine.scheduler, trio.Event(), trio.Event())
-    http = partial(
-        hypercorn.trio.serve,
-        cast(Framework, _APPS[settings.dialect](engine, settings)),  # the same ASGI, other types
-        _HttpConfig(listener),
-        shutdown_trigger=partial(_stopping, engine, server.stop),
-    )
+    app = _APPS[settings.dialect](engine, settings)
     try:
         with listener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_decode, engine, server.stop)
-                await nursery.start(http)
+                await nursery.start(Connections(app, listener).run, server.stop)
                 task_status.started(server)
     finally:
         server.stopped.set()
 
 
 async def _decode(engine: Engine, stop: trio.Event) -> None:
-    """Run the engine; when it dies, the server follows."""
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_when, stop, scope)
-            await engine.run()
-            nursery.cancel_scope.cancel()
-    if engine.scheduler.state == "dead":
-        _LOG.error("the engine died of weights that failed to load; the server stops")
-        stop.set()
+    """Run the engine until the server stops; when the engine dies, the server follows.
 
-
-async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
-
-
-async def _stopping(engine: Engine, stop: trio.Event) -> None:
-    """hypercorn's shutdown trigger: finish what is in flight, so that every handler can answer."""
-    await stop.wait()
+    At the end everything in flight is aborted, so that every handler can answer.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_engine, engine, stop)
+        await stop.wait()
+        nursery.cancel_scope.cancel()
     engine.abort()
+
+
+async def _run_engine(engine: Engine, stop: trio.Event) -> None:
+    await engine.run()
+    _LOG.error("the engine died of weights that failed to load; the server stops")
+    stop.set()
 
 
 async def _prepare(settings: ServerSettings) -> tuple[Engine, socket.socket]:
@@ -153,29 +137,6 @@ async def _listen(settings: ServerSettings) -> socket.socket:
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-class _HttpConfig(Config):
-    """hypercorn's configuration around a socket that is bound already.
-
-    Quiet: no access log, and errors go to this package's logger.
-    """
-
-    graceful_timeout = GRACE_S
-    keep_alive_timeout = KEEP_ALIVE_S
-    keep_alive_max_requests = sys.maxsize
-    include_server_header = False
-    backlog = BACKLOG
-
-    def __init__(self, listener: socket.socket) -> None:
-        super().__init__()
-        self.accesslog = None
-        self.errorlog = _LOG
-        self._listener = listener
-
-    def create_sockets(self) -> Sockets:
-        """Give the one socket; the road by ``fd://`` would leak it if start-up were cancelled."""
-        return Sockets(secure_sockets=[], insecure_sockets=[self._listener], quic_sockets=[])
 
 
 @asynccontextmanager

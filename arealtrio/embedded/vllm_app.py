@@ -17,15 +17,22 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from .engine import Engine, Generation
+from .engine import Engine
 from .metrics import metrics_page
 from .scheduler import EngineDead
 from .settings import ServerSettings
 from .vllm_error import VllmError, engine_error, missing, rpc_error, validation_error
 from .vllm_fields import Body, decode_body, flag, integer
-from .vllm_generate import COMPLETION, TOKENS, EventStream, Kind, json_response, whole_answer
-from .vllm_request import GenerateRequest, Limits
-from .vllm_response import Answer, Json
+from .vllm_generate import (
+    COMPLETION,
+    TOKENS,
+    EventStream,
+    Kind,
+    begin,
+    json_response,
+    whole_answer,
+)
+from .vllm_response import Json
 
 VERSION = "0.32.0"  # of the vLLM whose answers these are
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
@@ -94,36 +101,11 @@ class _Face:
     async def _generate(self, request: Request, kind: Kind) -> Response:
         self._requests += 1
         body = await _body(request)
-        asked = kind.read(body, self._limits())
-        request_id = kind.prefix + _client_id(request, asked)
-        generation = self._start(asked, kind.engine_ids(request_id, len(asked.prompts)))
-        answer = Answer(
-            request_id,
-            self._settings.served_model_name,
-            int(time.time()),
-            asked,
-            generation.sequences,
-        )
-        if asked.stream:
+        header = request.headers.get("x-request-id")
+        generation, answer = begin(self._engine, self._settings, kind, body, header)
+        if answer.request.stream:
             return EventStream(generation, answer, kind)
         return await whole_answer(request, generation, answer, kind)
-
-    def _limits(self) -> Limits:
-        settings, model = self._settings, self._engine.scheduler.model
-        return Limits(settings.served_model_name, model.vocab_size, settings.max_model_len)
-
-    def _start(self, asked: GenerateRequest, engine_ids: list[str]) -> Generation:
-        """Queue every answer of every prompt; answers to one prompt share its id."""
-        try:
-            return self._engine.generate(
-                [
-                    (engine_id, prompt, asked.params.numbered(number))
-                    for engine_id, prompt in zip(engine_ids, asked.prompts, strict=True)
-                    for number in range(asked.n)
-                ]
-            )
-        except EngineDead as exc:
-            raise engine_error() from exc
 
     async def abort(self, request: Request) -> Response:
         """Finish requests by id; all of them if no ids are given."""
@@ -308,10 +290,6 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(raw) > BODY_LIMIT_BYTES:
             raise VllmError("The request body is too large", status=413)
     return decode_body(bytes(raw))
-
-
-def _client_id(request: Request, asked: GenerateRequest) -> str:
-    return request.headers.get("x-request-id") or asked.request_id or secrets.token_hex(8)
 
 
 def _request_ids(body: Body) -> list[str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import vllm_response
-from .engine import Generation
+from .engine import Engine, Generation
+from .scheduler import EngineDead
+from .settings import ServerSettings
 from .vllm_error import engine_error
 from .vllm_fields import Body
 from .vllm_request import GenerateRequest, Limits, read_completion, read_tokens
@@ -61,6 +65,48 @@ TOKENS = Kind(
     chunk=vllm_response.tokens_chunk,
     usage=vllm_response.tokens_usage_chunk,
 )
+
+
+def begin(
+    engine: Engine, settings: ServerSettings, kind: Kind, body: Body, header_id: str | None
+) -> tuple[Generation, Answer]:
+    """Queue every answer of every prompt of a body; answers to one prompt share its id.
+
+    Args:
+        engine: Generates.
+        settings: Names and limits.
+        kind: Of the route.
+        body: As decoded.
+        header_id: The request's ``X-Request-Id``, which wins over the body's own id.
+
+    Returns:
+        What to wait for, inside its ``with`` block, and what to answer then.
+
+    Raises:
+        VllmError: As vLLM would answer; nothing is queued.
+    """
+    model = engine.scheduler.model
+    limits = Limits(settings.served_model_name, model.vocab_size, settings.max_model_len)
+    asked = kind.read(body, limits)
+    request_id = kind.prefix + (header_id or asked.request_id or secrets.token_hex(8))
+    generation = _start(engine, asked, kind.engine_ids(request_id, len(asked.prompts)))
+    created = int(time.time())
+    return generation, Answer(
+        request_id, settings.served_model_name, created, asked, generation.sequences
+    )
+
+
+def _start(engine: Engine, asked: GenerateRequest, engine_ids: list[str]) -> Generation:
+    try:
+        return engine.generate(
+            [
+                (engine_id, prompt, asked.params.numbered(number))
+                for engine_id, prompt in zip(engine_ids, asked.prompts, strict=True)
+                for number in range(asked.n)
+            ]
+        )
+    except EngineDead as exc:
+        raise engine_error() from exc
 
 
 class EventStream(Response):
