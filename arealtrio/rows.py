@@ -71,8 +71,11 @@ def as_column(name: str, value: object) -> npt.NDArray[Any]:
     """
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as exc:  # RuntimeError: a tensor that needs grad
-        raise WorkflowError(f"{name} is not an array of numbers") from exc
+    except (ValueError, TypeError, RuntimeError) as exc:  # all three are torch's ways to refuse
+        raise WorkflowError(
+            f"{name} is not an array of numbers; a tensor must be on the CPU, detached, and of a "
+            "dtype that numpy has"
+        ) from exc
     if array.dtype.kind == "f":
         return np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype.kind not in "biu":
@@ -307,7 +310,9 @@ def _row_of_dict(
     columns: Mapping[str, npt.NDArray[Any]], mask: npt.NDArray[np.bool_], reward: object, b: int
 ) -> Trajectory:
     kept = _kept(mask, b)
-    fields = {key: column[b, kept] for key, column in columns.items()}
+    fields = {
+        key: column[b, kept].copy() for key, column in columns.items()
+    }  # not a view of theirs
     try:
         ids = as_token_ids(fields.pop("input_ids"))
     except InvalidRequest as exc:

@@ -280,7 +280,9 @@ class MultiTurnWorkflow(_RewardedWorkflow):
 
         Args:
             engine: Generates.
-            data: One prompt's.
+            data: One prompt's. The turns of a conversation ask for the server that has the turns
+                before in its cache; conversations of one group are kept apart, because each soon
+                holds more of its own than of the shared prompt.
 
         Returns:
             The row, or None where a reward is None.

@@ -262,6 +262,16 @@ def test_areals_dict_may_be_padded_on_the_left_and_hold_more() -> None:
     assert first.extras["values"].tolist() == [1.0, 2.0]
 
 
+def test_rows_of_a_dict_are_their_own_memory() -> None:
+    arrays = areal_dict(values=np.zeros((2, 3), np.float32))
+    arrays["input_ids"] = arrays["input_ids"].astype(np.int32)
+    first, _ = rows_from_result(arrays)
+    arrays["input_ids"][:] = 99
+    arrays["values"][:] = 99
+    assert first.input_ids.tolist() == [5, 6]
+    assert first.extras["values"].tolist() == [0, 0]
+
+
 def without(key: str) -> dict[str, Any]:
     return {k: v for k, v in areal_dict().items() if k != key}
 
