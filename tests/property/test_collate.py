@@ -94,6 +94,20 @@ def test_pack_is_the_model_and_agrees_with_pad(
         assert flat.tolist() == rectangle[mask].tolist()
 
 
+@pytest.mark.parametrize("fill", [0, -1, -2, 1, 255, 0x01010101, -(2**31), 2**31 - 1])
+def test_any_int32_may_fill(fill: int) -> None:
+    out = rectangle()
+    pad([ROWS], [fill], [out])
+    assert out.tolist() == [[1, 2, 3], [4, fill, fill]]
+
+
+@pytest.mark.parametrize("fill", [0.0, -0.0, 0.5, float("inf"), float("nan"), 1])
+def test_any_float_may_fill(fill: float) -> None:
+    out = rectangle(np.float32)
+    pad([LOGPROBS], [fill], [out])
+    assert out[1, 1:].tobytes() == np.full(2, fill, np.float32).tobytes()
+
+
 def ids(*numbers: int) -> Array:
     return np.array(numbers, dtype=np.int32)
 
