@@ -6,6 +6,7 @@ it is counted at the choice. The names of AReaL's pull request 955 are importabl
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, final
 
 from ._core.heap import LeastRequestHeap
@@ -321,7 +322,7 @@ RoundRobinSchedulePolicy = RoundRobinPolicy
 
 _POLICIES: dict[str, Callable[[], SchedulePolicy]] = {
     "least_request": LeastRequestPolicy,
-    "round_robin": RoundRobinPolicy,
+    "round_robin": partial(RoundRobinPolicy, no_block=False),
 }
 
 
@@ -329,8 +330,8 @@ def make_policy(name: str) -> SchedulePolicy:
     """Return a new, empty policy.
 
     Args:
-        name: ``least_request``, or ``round_robin`` (AReaL's, which enforces no caps; construct
-            ``RoundRobinPolicy(no_block=False)`` for the other).
+        name: ``least_request``, or ``round_robin`` (strict turns under the caps, because a cap is a
+            promise; AReaL's, which enforces none, is ``RoundRobinPolicy(no_block=True)``).
 
     Raises:
         ConfigError: If there is no policy of that name.

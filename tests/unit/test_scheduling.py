@@ -245,7 +245,7 @@ def test_policies_by_name() -> None:
     assert isinstance(make_policy("least_request"), LeastRequestPolicy)
     policy = make_policy("round_robin")
     assert isinstance(policy, RoundRobinPolicy)
-    assert policy.no_block
+    assert not policy.no_block
 
 
 def test_an_unknown_name_names_the_choices() -> None:
