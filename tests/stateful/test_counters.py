@@ -56,7 +56,13 @@ class CountersMachine(RuleBasedStateMachine):
 
     @rule(version=versions)
     def grant(self, version: int) -> None:
-        self.both("grant", version)
+        moved = copy(self.model)
+        moved.set_version(version)
+        if moved.in_range:
+            self.both("grant", version)
+        else:  # the budget alone is beyond the word, even where less the one granted it would fit
+            with pytest.raises(OverflowError, match="range"):
+                self.real.grant(version)
 
     @rule(n=counts)
     def submit(self, n: int) -> None:
