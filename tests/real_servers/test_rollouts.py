@@ -34,12 +34,13 @@ GROUP_SIZE = 4
 BATCH = 16
 MODEL_OF_VERSION = ("tiny-1", "tiny-2", "tiny-3", "tiny-2")  # as the run below updates them
 LOGPROB_TOLERANCE = 1e-4
-STOP_IDS = (7, 97, 203)  # any three: answers then end anywhere between 1 token and the limit
-
-GREEDY = GenerationHyperparameters(
-    greedy=True, ignore_eos=True, stop_token_ids=STOP_IDS, max_new_tokens=160
+# Greedy members of a group are alike; were their lengths to differ between groups, the server that
+# happens to get the long ones would rightly get fewer requests, and the shares would show nothing.
+GREEDY = GenerationHyperparameters(greedy=True, ignore_eos=True, max_new_tokens=100)
+# Any three ids end an answer anywhere between its first token and the limit.
+SAMPLED = GenerationHyperparameters(
+    temperature=1.0, ignore_eos=True, stop_token_ids=(7, 97, 203), max_new_tokens=160
 )
-SAMPLED = GREEDY.new(greedy=False, temperature=1.0)
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -213,7 +214,7 @@ def score_all(servers: Sequence[VllmServer], rows: Sequence[Trajectory]) -> list
 def test_greedy_tokens_are_those_of_a_direct_request_before_and_after_an_update(
     vllm_servers: Sequence[VllmServer],
 ) -> None:
-    workflow = SingleTurnWorkflow(reward, GREEDY.new(stop_token_ids=(), max_new_tokens=64))
+    workflow = SingleTurnWorkflow(reward, GREEDY.new(max_new_tokens=64))
     data = prompts()[:4]
     with RolloutController(config(vllm_servers)) as rollout:
         before = rollout.rollout_batch(data, workflow)
@@ -241,7 +242,7 @@ def assert_equal_to_direct_requests(
 def test_leaving_in_the_middle_leaves_nothing_on_the_servers(
     vllm_servers: Sequence[VllmServer],
 ) -> None:
-    endless = SingleTurnWorkflow(reward, GREEDY.new(stop_token_ids=(), max_new_tokens=12000))
+    endless = SingleTurnWorkflow(reward, GREEDY.new(max_new_tokens=12000))
     with RolloutController(config(vllm_servers, max_staleness=4)) as rollout:
         for prompt in prompts()[: 3 * BATCH]:
             rollout.submit(prompt, endless)
