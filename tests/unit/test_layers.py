@@ -46,7 +46,7 @@ FOUNDATION = (
     ("types",),
     ("_core", "errors"),
 )
-# Servers to be tested against; they stand beside the wings, and only the demo looks in.
+# Servers to be tested against; they stand beside the house, and only the demo looks in.
 BESIDE = (
     ("testing",),
     ("embedded",),
@@ -54,7 +54,7 @@ BESIDE = (
 SEES_BESIDE = {
     "cli": "embedded",
     "demo": "embedded testing",
-    "testing": "transport wire",  # it is a Transport, and answers in both dialects
+    "testing": "executor transport wire",  # a Transport, and runs of the whole house on it
 }
 
 # The one door through which each outside library comes in.
