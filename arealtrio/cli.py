@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from .embedded.__main__ import command as serve_command
 from .errors import ArealTrioError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+TERMINATED = 143  # and that SIGTERM ended
 
 
 @click.group()
@@ -47,8 +51,11 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="Write nothing but errors.")
 def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     """Train a tiny model by asynchronous RL on this machine, in seconds."""
+    if json_path is not None and not json_path.parent.is_dir():
+        raise click.BadParameter(f"there is no directory {json_path.parent}", param_hint="--json")
     try:
-        report = _run(quiet, DemoOptions(**values))
+        with _sigterm_unwinds():
+            report = _run(quiet, DemoOptions(**values))
         if json_path is not None:
             _write_json(json_path, report)
     except KeyboardInterrupt:
@@ -59,6 +66,16 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
 
 
 main.add_command(serve_command, "serve")
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM leave through the same clean-up as an error, where it would end at once."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(quiet: bool, options: DemoOptions) -> DemoReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -52,23 +53,28 @@ class DemoReport:
 
     def lines(self) -> Iterator[str]:
         """Return the summary, none of it wider than 80 columns."""
+        for name, text in self._summary():
+            yield from textwrap.wrap(f"{name:<12}{text}", 80, subsequent_indent=12 * " ")
+
+    def _summary(self) -> Iterator[tuple[str, str]]:
         trained = sum(self.staleness_histogram.values())
-        settled = ", ".join(f"{count} {name}" for name, count in self.rollouts.items() if count)
-        ages = ", ".join(
-            f"{age}: {count / max(trained, 1):.0%}"
-            for age, count in sorted(self.staleness_histogram.items())
-        )
-        yield f"reward      {self.reward_first:.3f} at first, {self.reward_last:.3f} at last"
-        yield f"groups      {settled}"
-        yield f"tokens      {self.tokens:,} in {self.seconds:.1f} s"
-        yield f"staleness   {self.staleness_max} versions at most; {ages}"
-        yield f"mixed       {self.mixed_version_trajectories:,} of {trained:,} trajectories"
-        yield f"updates     {self.weight_updates}, each on {len(self.servers)} servers"
+        yield "reward", f"{self.reward_first:.3f} at first, {self.reward_last:.3f} at last"
+        yield "groups", ", ".join(f"{n} {name}" for name, n in self.rollouts.items() if n)
+        yield "tokens", f"{self.tokens:,} in {self.seconds:.1f} s"
+        yield "staleness", f"{self.staleness_max} versions at most; {self._ages(trained)}"
+        yield "mixed", f"{self.mixed_version_trajectories:,} of {trained:,} trajectories"
+        yield "updates", f"{self.weight_updates}, each on every server"
         for address, counts in self.servers.items():
             yield (
-                f"server      {address}: {counts['requests']:,} requests, "
-                f"{counts['requests_reported']:,} by its own count"
+                "server",
+                (
+                    f"{address}: {counts['requests']:,} requests, "
+                    f"{counts['requests_reported']:,} by its own count"
+                ),
             )
+
+    def _ages(self, trained: int) -> str:
+        return ", ".join(f"{age}: {n / trained:.0%}" for age, n in self.staleness_histogram.items())
 
 
 @dataclass(slots=True)
@@ -115,8 +121,8 @@ def progress_line(number: int, steps: int, batch: Batch, step: StepReport, secon
     """Return one step's line, at most 80 columns wide."""
     ages = batch.staleness()
     return (
-        f"step {number:>3}/{steps}  reward {step.reward_mean:.3f}  "
-        f"staleness {ages.mean():.1f}, max {ages.max()}  "
+        f"step {number:>{len(str(steps))}}/{steps}  reward {step.reward_mean:.3f}  "
+        f"staleness {ages.min()}-{ages.max()}  "
         f"mixed {batch.mixed_version_trajectories():>2}/{len(ages)}  "
-        f"tokens {step.tokens:>5}  {seconds:5.1f} s"
+        f"{step.tokens:>5} tokens  {seconds:5.1f} s"
     )

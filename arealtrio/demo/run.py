@@ -88,7 +88,8 @@ def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:
     with tempfile.TemporaryDirectory(prefix="arealtrio-demo-") as scratch, _weights(options) as at:
         trainer = PolicyTrainer(base_model(options.seed), seed=options.seed)
         trainer.model.save(at / "v0")
-        out.write(f"starting {options.servers} servers\n")
+        out.write(f"starting {options.servers} server{'s' * (options.servers > 1)}\n")
+        out.flush()
         flags = _server_flags(options)
         with server_processes(options.servers, at / "v0", Path(scratch), flags) as processes:
             config = _config(options, [process.url for process in processes])

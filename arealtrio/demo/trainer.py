@@ -66,10 +66,12 @@ def group_advantages(rewards: Float32Array, group_ids: Int32Array) -> Float32Arr
     """Return each row's reward above its group's mean, in the batch's deviations, float32[B].
 
     Dividing by the group's own deviation, as GRPO did first, gives most weight to the groups whose
-    answers differ least (Liu et al. 2025, arXiv:2503.20783).
+    answers differ least (Liu et al. 2025, arXiv:2503.20783). An answer alone in its group is
+    compared with the whole batch.
     """
     _, member_of = np.unique(group_ids, return_inverse=True)
-    means = np.bincount(member_of, rewards) / np.bincount(member_of)
+    sizes = np.bincount(member_of)
+    means = np.where(sizes > 1, np.bincount(member_of, rewards) / sizes, rewards.mean())
     centred = rewards - means[member_of]
     return np.asarray(centred / (centred.std() + 1e-6), dtype=np.float32)
 

@@ -150,11 +150,17 @@ def test_clipping_stops_the_push() -> None:
 
 
 def test_advantages_are_relative_to_the_group() -> None:
-    rewards = np.array([1, 0, 0.9, 0.9, 5], np.float32)
-    advantages = group_advantages(rewards, np.array([7, 7, 2, 2, 3], np.int32))
+    rewards = np.array([1, 0, 0.9, 0.9], np.float32)
+    advantages = group_advantages(rewards, np.array([7, 7, 2, 2], np.int32))
     assert advantages.dtype == np.float32
     assert advantages[0] == -advantages[1] > 0
     np.testing.assert_allclose(advantages[2:], 0, atol=1e-6)
+
+
+def test_answers_alone_in_their_groups_are_compared_with_the_batch() -> None:
+    rewards = np.array([0.2, 0.4, 0.9], np.float32)
+    advantages = group_advantages(rewards, np.arange(3, dtype=np.int32))
+    np.testing.assert_allclose(advantages, (rewards - 0.5) / rewards.std(), rtol=1e-4)
 
 
 def test_adam_takes_the_first_step_of_its_paper() -> None:

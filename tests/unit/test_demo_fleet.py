@@ -1,0 +1,92 @@
+"""The demo's servers: they listen, they are watched, and none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from arealtrio.demo.fleet import server_processes
+from arealtrio.demo.task import base_model
+from arealtrio.embedded.model import WEIGHTS_FILE
+from arealtrio.errors import NoServerAvailable
+
+
+def children() -> list[int]:
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    base_model().save(tmp_path / "v0")
+    return tmp_path / "v0"
+
+
+def test_servers_listen_in_sessions_of_their_own_and_end_with_the_block(
+    weights: Path, tmp_path: Path
+) -> None:
+    with server_processes(2, weights, tmp_path) as servers:
+        assert len({server.url for server in servers}) == 2
+        assert {os.getsid(server.process.pid) for server in servers} == {
+            server.process.pid for server in servers
+        }
+        for server in servers:
+            server.check_alive()
+    # By itself in time, or, where the machine is too busy for that, by force.
+    assert {server.process.returncode for server in servers} <= {0, -signal.SIGKILL}
+    assert children() == []
+
+
+def test_servers_end_when_the_block_fails(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), server_processes(1, weights, tmp_path):
+        raise KeyboardInterrupt
+    assert children() == []
+
+
+def test_a_dead_server_is_named(weights: Path, tmp_path: Path) -> None:
+    with server_processes(1, weights, tmp_path) as (server,):
+        server.process.kill()
+        server.process.wait()
+        server.log.write_text("first words\nlast words\n")
+        with pytest.raises(NoServerAvailable, match=r"127.* ended with status -9: last words"):
+            server.check_alive()
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_own_words(
+    weights: Path, tmp_path: Path
+) -> None:
+    (weights / WEIGHTS_FILE).write_text("these are no weights")
+    with (
+        pytest.raises(NoServerAvailable, match=r"did not start: .*does not hold a TinyModel"),
+        server_processes(2, weights, tmp_path),
+    ):
+        raise AssertionError("it started without weights")
+    assert children() == []
+
+
+def test_no_server_outlives_a_parent_that_is_killed(weights: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves the parent no time for anything: the end of the pipe does it."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(weights), str(tmp_path)], stdout=subprocess.PIPE
+    )
+    with parent:
+        assert parent.stdout is not None
+        orphan = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert orphan.wait(timeout=30) is None  # not our child: psutil waits until it is gone
+    assert not orphan.is_running()
+
+
+PARENT = """
+import signal, sys
+from pathlib import Path
+from arealtrio.demo.fleet import server_processes
+with server_processes(1, Path(sys.argv[1]), Path(sys.argv[2])) as (server,):
+    print(server.process.pid, flush=True)
+    signal.pause()
+"""
