@@ -9,14 +9,13 @@ with ``VLLM_SERVER_DEV_MODE=1``. tests/golden/vllm-0.32.0 holds real exchanges o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
-import numpy as np
 
+from .._core.logprobs import Scanner, encode_ids
 from ..errors import ConfigError, ProtocolError
 from ..types import (
-    INT32_MAX,
     Float32Array,
     HttpRequest,
     HttpResponse,
@@ -28,6 +27,7 @@ from . import body, metrics
 from .dialect import SegmentRequest, SegmentResponse, ServerInfo, ServerLoad, VersionSpan
 from .segment import check_segment, top_k_of
 from .status import check_status, raise_refusal
+from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
 
 SERVER: Final = "vLLM"
@@ -46,25 +46,31 @@ LOAD_METRICS: Final = {
     "vllm:request_success_total": True,
 }
 
+# The token route has IDS and RECORDS; completions has LOGPROBS, and IDS or, on old servers, only
+# TOKEN_STRINGS. ``text_offset`` counts characters of "token_id:1", and ``top_logprobs`` repeats the
+# chosen token.
+CHOICE: Final = "choices.0."
+IDS: Final = CHOICE + "token_ids"
+RECORDS: Final = CHOICE + "logprobs.content"
+LOGPROBS: Final = CHOICE + "logprobs.token_logprobs"
+TOKEN_STRINGS: Final = CHOICE + "logprobs.tokens"
 
-_TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
-
-
-class _TokenLogprob(msgspec.Struct):
-    token_id: _TokenId
-    logprob: float
-
-
-class _Logprobs(msgspec.Struct):
-    token_logprobs: list[float] | None = None
-    tokens: list[str] | None = None
-    content: list[_TokenLogprob] | None = None
+SCANNER: Final = Scanner(
+    {
+        IDS: "ids",
+        RECORDS: "records",
+        LOGPROBS: "floats",
+        TOKEN_STRINGS: "token_strings",
+        CHOICE + "logprobs.top_logprobs": "drop",
+        CHOICE + "logprobs.text_offset": "drop",
+        CHOICE + "prompt_token_ids": "drop",
+        CHOICE + "text": "drop",
+    }
+)
 
 
 class _Choice(msgspec.Struct):
     finish_reason: str | None
-    token_ids: list[_TokenId] | None = None
-    logprobs: _Logprobs | None = None
     weight_versions: list[Span] | None = None
 
 
@@ -182,10 +188,11 @@ class VllmDialect:
             ProtocolError: Also where the lists differ in length, a logprob is missing or not
                 finite, the finish reason is unknown, or the spans do not cover the tokens.
         """
-        answer = body.read(response, _Answer, SERVER, "a generation")
+        columns, rest = scan(SCANNER, response, SERVER)
+        answer = body.decode(rest, _Answer, response, f"a generation from {SERVER}")
         if len(answer.choices) != 1:
             raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(answer.choices)}")
-        return _segment_response(answer.choices[0])
+        return _segment_response(answer.choices[0], columns)
 
     def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
         """Stop one request by the id that vLLM made of ours.
@@ -270,9 +277,8 @@ class VllmDialect:
         )
 
 
-def _ids(segment: SegmentRequest) -> list[int]:
-    ids: list[int] = segment.token_ids.tolist()
-    return ids
+def _ids(segment: SegmentRequest) -> msgspec.Raw:
+    return msgspec.Raw(encode_ids(segment.token_ids))
 
 
 def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
@@ -350,8 +356,8 @@ def _has_route(probe: HttpResponse) -> bool:
     return False
 
 
-def _segment_response(choice: _Choice) -> SegmentResponse:
-    ids, logprobs = _tokens(choice)
+def _segment_response(choice: _Choice, columns: dict[str, Column]) -> SegmentResponse:
+    ids, logprobs = _tokens(columns)
     return SegmentResponse(
         token_ids=ids,
         logprobs=logprobs,
@@ -377,29 +383,13 @@ def _spans(choice: _Choice, token_count: int) -> tuple[VersionSpan, ...] | None:
     return read_spans(choice.weight_versions, token_count)
 
 
-def _tokens(choice: _Choice) -> tuple[Int32Array, Float32Array]:
-    """Token ids and logprobs, of one length."""
-    logprobs = choice.logprobs or _Logprobs()
-    if logprobs.content is not None:
-        values = [item.logprob for item in logprobs.content]
-        if [item.token_id for item in logprobs.content] != choice.token_ids:
-            raise ProtocolError(f"expected logprobs of the token_ids from {SERVER}, not of others")
-    elif logprobs.token_logprobs is not None:
-        values = logprobs.token_logprobs
-    else:
-        raise ProtocolError(f"expected logprobs with the tokens from {SERVER}, got none")
-    ids = _token_ids(choice, logprobs)
-    if len(ids) != len(values):
-        raise ProtocolError(
-            f"expected as many logprobs as tokens from {SERVER}, got {len(values)} for {len(ids)}"
-        )
-    return np.array(ids, dtype=np.int32), np.array(values, dtype=np.float32)
-
-
-def _token_ids(choice: _Choice, logprobs: _Logprobs) -> list[int]:
-    if choice.token_ids is not None:
-        return choice.token_ids
-    try:
-        return [int(token.removeprefix("token_id:")) for token in logprobs.tokens or ()]
-    except ValueError as exc:
-        raise ProtocolError(f"expected token ids from {SERVER}, got text alone") from exc
+def _tokens(columns: dict[str, Column]) -> tuple[Int32Array, Float32Array]:
+    """What either route says: ids twice on the token route, ids or strings on completions."""
+    ids, _ = columns[IDS] or NOTHING
+    if (records := columns[RECORDS]) is not None:
+        check_same(ids, records[0], SERVER)
+        return check_tokens(records[0], records[1], SERVER)
+    if ids is None:
+        ids, _ = columns[TOKEN_STRINGS] or NOTHING
+    _, logprobs = columns[LOGPROBS] or NOTHING
+    return check_tokens(ids, logprobs, SERVER)
