@@ -1,0 +1,68 @@
+"""A few embedded servers, the engine connected to them, and a way to wait for what they do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arealtrio.config import RolloutConfig
+from arealtrio.embedded.serve import ServerSettings, running_server
+from arealtrio.engine import RemoteEngine, open_engine
+
+from .embedded_server import MAX_MODEL_LEN, Watch, save_weights
+
+
+@dataclass
+class Fleet:
+    """Running servers by address, and the directories of two different weights."""
+
+    watches: dict[str, Watch]
+    weights: dict[int, Path]
+
+    @property
+    def urls(self) -> list[str]:
+        return list(self.watches)
+
+    @property
+    def watch(self) -> Watch:
+        """Of the only server."""
+        (watch,) = self.watches.values()
+        return watch
+
+    def nothing_left(self) -> bool:
+        """Whether no server runs or holds a request (invariant I9)."""
+        schedulers = [watch.scheduler for watch in self.watches.values()]
+        return all(not s.running and not s.waiting for s in schedulers)
+
+
+@asynccontextmanager
+async def running_fleet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int = 1, **settings: Any
+) -> AsyncIterator[Fleet]:
+    weights = {seed: save_weights(tmp_path, seed) for seed in (1, 2)}
+    chosen = {"max_model_len": MAX_MODEL_LEN, **settings}
+    async with AsyncExitStack() as stack:
+        watches = {}
+        for _ in range(count):
+            settings_of_one = ServerSettings(weights=weights[1], **chosen)
+            server = await stack.enter_async_context(running_server(settings_of_one))
+            watches[server.url] = Watch(server.scheduler, monkeypatch)
+        yield Fleet(watches, weights)
+
+
+@asynccontextmanager
+async def connected_engine(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int = 1,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> AsyncIterator[tuple[RemoteEngine, Fleet]]:
+    async with running_fleet(tmp_path, monkeypatch, count, **settings) as fleet:
+        async with open_engine(RolloutConfig(servers=fleet.urls, **(config or {}))) as engine:
+            yield engine, fleet
