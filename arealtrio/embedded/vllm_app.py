@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +310,8 @@ async def _refuse(_: Request, exc: Exception) -> Response:
     return response
 
 
-def _detail(text: str) -> Callable[[Request, Exception], Response]:
-    def answer(_: Request, exc: Exception) -> Response:
+def _detail(text: str) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_: Request, exc: Exception) -> Response:
         headers = getattr(exc, "headers", None)
         response = json_response({"detail": text}, exc.status_code)  # type: ignore[attr-defined]
         response.headers.update(headers or {})

@@ -1,0 +1,37 @@
+"""Test what uses arealtrio without a GPU, a socket or a second of real time.
+
+``simulated_executor`` opens the production executor over servers that live in memory on trio's
+clock. They are the embedded server's own state machine and speak vLLM's dialect by its own code;
+only the tokens are made up, so that a test can check each of them. See ``script`` for how.
+
+lengths     how long answers are
+script      what answers are: ``ScriptedModel``, ``checkpoint``, ``made_by``
+clockwork   the scheduler in continuous time
+server      ``SimulatedServer``, and its faults
+fleet       ``SimulatedFleet``, the transport
+run         ``simulated_executor``
+"""
+
+from .fleet import Exchange, SimulatedFleet, open_fleet
+from .lengths import FixedLengths, Lengths, LogNormalLengths, RecordedLengths
+from .run import simulated_executor
+from .script import EOS, ScriptedModel, checkpoint, made_by
+from .server import ServerCondition, SimulatedServer, SimulatedServerSettings
+
+__all__ = [
+    "EOS",
+    "Exchange",
+    "FixedLengths",
+    "Lengths",
+    "LogNormalLengths",
+    "RecordedLengths",
+    "ScriptedModel",
+    "ServerCondition",
+    "SimulatedFleet",
+    "SimulatedServer",
+    "SimulatedServerSettings",
+    "checkpoint",
+    "made_by",
+    "open_fleet",
+    "simulated_executor",
+]

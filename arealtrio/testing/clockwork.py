@@ -1,0 +1,348 @@
+"""The embedded server's state machine in continuous time.
+
+The scheduler of the embedded server makes one token at a time because somebody's model has to. A
+scripted answer is known beforehand, so here nothing happens between two events: whoever looks at
+the scheduler, or changes it, first gets the decode steps that were due by then. Everything that is
+decided (slots, queue, pause modes, aborts, labels, broken weights) is the base class's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import trio
+
+from ..embedded.engine import Engine
+from ..embedded.sampling import SamplingParams
+from ..embedded.scheduler import Model, Scheduler
+from ..embedded.sequence import Sequence, Span
+from ..types import PauseMode
+from .lengths import Lengths
+from .script import Plan, ScriptedModel, continues, load, plan
+
+_ROUNDING = 1e-6  # of a step: sums of floating-point times are no exact multiples of it
+_NOT_RUNNING = -1
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a server decodes. May be changed while it runs, between two steps.
+
+    Args:
+        token_time_s: Seconds of one decode step with one sequence, above 0.
+        batch_growth: By what share of that a step grows with each further sequence. 0: not at all,
+            as while memory bandwidth is the limit.
+        speed: Divides it; 0.5 is a server half as fast as its peers.
+    """
+
+    token_time_s: float
+    batch_growth: float = 0.0
+    speed: float = 1.0
+
+    def step_s(self, sequences: int) -> float:
+        """Seconds of one step with so many sequences."""
+        return self.token_time_s * (1 + self.batch_growth * max(sequences - 1, 0)) / self.speed
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """Where a sequence is in its plan.
+
+    Args:
+        plan: Its whole answer.
+        since: The step after which its last written token was made, or ``_NOT_RUNNING``.
+        finish: The step that makes its last token.
+    """
+
+    plan: Plan
+    since: int = _NOT_RUNNING
+    finish: int = _NOT_RUNNING
+
+
+class TimedScheduler(Scheduler):
+    """A scheduler that keeps its own time; tokens are written when somebody could see them.
+
+    A stream sees its tokens when something else happens, not one by one.
+
+    Args:
+        pace: How fast it decodes.
+        lengths: Of new answers.
+        rng: The source of all chance.
+        clock: Gives the time in seconds.
+        model: The first weights.
+        max_num_seqs: As in the base class.
+        max_model_len: As in the base class.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        lengths: Lengths,
+        rng: random.Random,
+        clock: Callable[[], float],
+        *,
+        model: ScriptedModel,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        super().__init__(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self.pace = pace
+        self._lengths = lengths
+        self._rng = rng
+        self._clock = clock
+        self._unused = np.random.default_rng(0)
+        self._logprob = model.logprob
+        self._steps = 0  # decode steps so far
+        self._due = math.inf  # when the next one is made
+        self._progress: dict[Sequence, _Progress] = {}
+        # (step of the last token, tie-breaker, sequence); entries of what left early are stale
+        self._finishes: list[tuple[int, int, Sequence]] = []
+        self._ties = itertools.count()
+
+    @property
+    def next_event(self) -> float:
+        """When the next sequence ends by itself; infinite while none would."""
+        if self._due == math.inf or self.state != "healthy":
+            return self._due
+        return self._due + (self._steps_to_finish() - 1) * self._step_s()
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """See the base class."""
+        self.step()
+        return super().running
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """See the base class."""
+        self.step()
+        return super().waiting
+
+    def step(self) -> int:
+        """Take every decode step that is due by now, and return how many."""
+        before, now = self._steps, self._clock()
+        while self._due <= now + self._step_s() * _ROUNDING:
+            if self.state == "poisoned":
+                self._die()
+                self._due = math.inf
+            else:
+                self._leap(now)
+        return self._steps - before
+
+    def _leap(self, now: float) -> None:
+        """Take the due steps up to the first that ends a sequence."""
+        step_s = self._step_s()
+        due = 1 + int((now - self._due) / step_s + _ROUNDING)
+        taken = min(due, self._steps_to_finish())
+        self._steps += taken
+        self._due += (taken - 1) * step_s  # the last step's own time
+        self._finish_ended()
+        self._due = self._due + self._step_s() if self.has_work else math.inf
+
+    def _step_s(self) -> float:
+        return self.pace.step_s(len(self._running))
+
+    def _steps_to_finish(self) -> int:
+        self._drop_stale()
+        return self._finishes[0][0] - self._steps
+
+    def _drop_stale(self) -> None:
+        while self._finishes and not self._is_current(self._finishes[0]):
+            heapq.heappop(self._finishes)
+
+    def _is_current(self, entry: tuple[int, int, Sequence]) -> bool:
+        progress = self._progress.get(entry[2])
+        return progress is not None and progress.finish == entry[0]
+
+    def _finish_ended(self) -> None:
+        self._drop_stale()
+        while self._finishes and self._finishes[0][0] <= self._steps:
+            sequence = heapq.heappop(self._finishes)[2]
+            self._write(sequence)
+            ended = self._progress.pop(sequence).plan
+            self._running.remove(sequence)
+            sequence.stop_reason = ended.stop_reason
+            self._finish(sequence, "stop" if ended.stopped else "length")
+            self._drop_stale()
+        self._admit()
+
+    def _write(self, sequence: Sequence) -> None:
+        """Write the tokens that a running sequence got since it was last looked at."""
+        progress = self._progress[sequence]
+        count, done = self._steps - progress.since, sequence.output_length
+        progress.since = self._steps
+        if not count:
+            return
+        first = progress.plan.first - done
+        sequence.token_ids.extend(range(first, first - count, -1))
+        sequence.logprobs.extend(repeat(self._logprob, count))
+        sequence.ranks.extend(repeat(1, count))
+        sequence.top_logprobs.extend(repeat((), count))
+        self._extend_spans(sequence, done, done + count)
+        self.counters.generated_tokens += count
+        if sequence.on_token is not None:
+            sequence.on_token(sequence)
+
+    def _extend_spans(self, sequence: Sequence, start: int, end: int) -> None:
+        if sequence.spans and sequence.spans[-1].version == self.weight_version:
+            sequence.spans[-1] = sequence.spans[-1]._replace(end=end)
+        else:
+            sequence.spans.append(Span(self.weight_version, start, end))
+
+    def _write_all(self) -> None:
+        for sequence in self._running:
+            self._write(sequence)
+
+    # --- what the base class decides, in time ------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        token_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[Sequence], None] | None = None,
+        on_finish: Callable[[Sequence], None] | None = None,
+    ) -> Sequence:
+        """See the base class."""
+        self.step()
+        sequence = super().submit(
+            request_id, token_ids, params, on_token=on_token, on_finish=on_finish
+        )
+        self._set_due()
+        return sequence
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> int:
+        """See the base class."""
+        self.step()
+        count = super().abort(request_ids)
+        self._set_due()
+        return count
+
+    def discard(self, sequence: Sequence) -> None:
+        """See the base class."""
+        self.step()
+        super().discard(sequence)
+        self._set_due()
+
+    def pause(self, mode: PauseMode) -> None:
+        """See the base class. The step under way is lost."""
+        self.step()
+        super().pause(mode)
+        self._set_due()
+
+    def resume(self) -> None:
+        """See the base class."""
+        self.step()
+        super().resume()
+        self._set_due()
+
+    def retract(self) -> None:
+        """See the base class."""
+        self.step()
+        self._write_all()
+        for sequence in self._running:
+            self._leave(sequence)
+        super().retract()
+        self._set_due()
+
+    def load_weights(self, model: Model, version: str | None = None) -> None:
+        """See the base class."""
+        assert isinstance(model, ScriptedModel), model
+        self.step()
+        self._write_all()
+        super().load_weights(model, version)
+        self._logprob = model.logprob
+
+    def set_version(self, label: str) -> None:
+        """See the base class."""
+        self.step()
+        self._write_all()
+        super().set_version(label)
+
+    def _set_due(self) -> None:
+        if not self.has_work:
+            self._due = math.inf
+        elif self._due == math.inf:
+            self._due = self._clock() + self._step_s()
+
+    def _generator(self, seed: int | None) -> np.random.Generator:  # noqa: ARG002
+        return self._unused  # nothing is drawn token by token, and a generator costs 20 µs
+
+    def _admit(self) -> None:
+        before = len(self._running)
+        super()._admit()
+        for sequence in self._running[before:]:
+            self._enter(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        progress = self._progress.get(sequence)
+        if progress is None:
+            progress = self._progress[sequence] = _Progress(self._plan(sequence))
+        progress.since = self._steps
+        progress.finish = self._steps + progress.plan.length - sequence.output_length
+        heapq.heappush(self._finishes, (progress.finish, next(self._ties), sequence))
+
+    def _plan(self, sequence: Sequence) -> Plan:
+        prompt = sequence.token_ids
+        drawn = 0 if continues(prompt) else self._lengths.draw(self._rng)
+        return plan(prompt, sequence.params, sequence.max_tokens, drawn)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence gave up its slot, and may come back."""
+        progress = self._progress[sequence]
+        progress.since = progress.finish = _NOT_RUNNING
+
+    def _take_out(self, which: Callable[[Sequence], bool]) -> list[Sequence]:
+        taken = super()._take_out(which)
+        for sequence in taken:
+            progress = self._progress.get(sequence)
+            if progress is not None and progress.since != _NOT_RUNNING:
+                self._write(sequence)
+            self._progress.pop(sequence, None)
+        return taken
+
+    def _check(self) -> None:
+        """Walk the invariants; for tests."""
+        super()._check()
+        running = {s for s, p in self._progress.items() if p.since != _NOT_RUNNING}
+        assert running == set(self._running)
+        assert all(self._progress[s].finish > self._steps for s in running)
+        assert (self._due < math.inf) == self.has_work
+
+
+class TimedEngine(Engine):
+    """Drives a timed scheduler: wakes it when a sequence ends, and for nothing else.
+
+    Args:
+        scheduler: The state machine.
+        load_time_s: Seconds it takes to load weights.
+    """
+
+    scheduler: TimedScheduler
+
+    def __init__(self, scheduler: TimedScheduler, load_time_s: float) -> None:
+        super().__init__(scheduler, load)
+        self._load_time_s = load_time_s
+
+    async def run(self) -> None:
+        """See the base class."""
+        while self.scheduler.state != "dead":
+            self.scheduler.step()
+            self._settle()
+            with trio.move_on_at(self.scheduler.next_event):
+                await self._work.wait()
+            self._work = trio.Event()
+
+    async def _read(self, path: Path) -> Model:
+        await trio.sleep(self._load_time_s)
+        return load(path)

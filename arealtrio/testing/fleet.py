@@ -1,0 +1,195 @@
+"""SimulatedFleet: inference servers in memory, reached through the ``Transport`` protocol."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import trio
+
+from ..errors import ConnectFailed, ResponseTooLarge, UsageError
+from ..transport import RESPONSE_SIZE_BYTES_MAX
+from ..types import HttpRequest, HttpResponse, TimeLimits
+from .lengths import Lengths, LogNormalLengths
+from .server import SimulatedServer, SimulatedServerSettings
+
+DEFAULT_LENGTHS = LogNormalLengths.with_tail(median=40, p99=360, longest=2000)
+
+
+class Exchange(NamedTuple):
+    """One event of a trace: a request that a server got, or what became of it.
+
+    Args:
+        time_s: When, on trio's clock.
+        server: Its address.
+        request: Method and path.
+        outcome: Empty for its arrival; else the status, or the name of the error.
+        size_bytes: Of the request's body, or the answer's.
+    """
+
+    time_s: float
+    server: str
+    request: str
+    outcome: str
+    size_bytes: int
+
+
+class SimulatedFleet:
+    """A ``Transport`` whose servers are in memory, on trio's clock: no socket, no thread.
+
+    Under ``trio.testing.MockClock(autojump_threshold=0)`` a whole training run takes milliseconds.
+    Make one with ``open_fleet``. Everything it does follows from its seed and trio's schedule.
+
+    Args:
+        servers: One record for each server; their addresses are ``http://server-0``, ….
+        lengths: Of the answers.
+        seed: Of the lengths.
+        traced: Whether to keep every exchange in ``trace``.
+
+    Attributes:
+        servers: The servers, in order.
+        trace: What happened so far, where ``traced``.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[SimulatedServerSettings],
+        *,
+        lengths: Lengths = DEFAULT_LENGTHS,
+        seed: int = 0,
+        traced: bool = False,
+    ) -> None:
+        rng = random.Random(seed)
+        self.servers = tuple(
+            SimulatedServer(f"http://server-{index}", settings, lengths, rng)
+            for index, settings in enumerate(servers)
+        )
+        self.trace: list[Exchange] = []
+        self._traced = traced
+        self._by_address = {server.address: server for server in self.servers}
+        self._closed = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """For ``RolloutConfig(servers=…)``."""
+        return tuple(self._by_address)
+
+    def __iter__(self) -> Iterator[SimulatedServer]:
+        return iter(self.servers)
+
+    async def request(
+        self,
+        base_url: str,
+        request: HttpRequest,
+        limits: TimeLimits,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> HttpResponse:
+        """See ``Transport.request``. Of the limits only ``total_s`` can pass here."""
+        if self._closed:
+            raise UsageError("the simulated fleet is closed")
+        server = self._by_address.get(base_url)
+        if server is None:
+            await trio.lowlevel.checkpoint()
+            raise ConnectFailed(f"no simulated server has the address {base_url}")
+        self._note(server, request, "", len(request.body))
+        try:
+            response = await server.request(request, limits, headers)
+        except BaseException as exc:
+            self._note(server, request, type(exc).__name__, 0)
+            raise
+        self._note(server, request, str(response.status), len(response.body))
+        if len(response.body) > size_bytes_max:
+            raise ResponseTooLarge(
+                f"{base_url} answered {len(response.body)} bytes; {size_bytes_max} are allowed"
+            )
+        return response
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        base_url: str,
+        request: HttpRequest,
+        limits: TimeLimits,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> AsyncIterator[WholeStream]:
+        """See ``Transport.stream``. The whole answer arrives in one piece, at its end."""
+        yield WholeStream(
+            await self.request(
+                base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
+            )
+        )
+
+    async def aclose(self) -> None:
+        """Refuse every further request. Those in flight end with the tasks that wait for them."""
+        self._closed = True
+        await trio.lowlevel.checkpoint()
+
+    def _note(
+        self, server: SimulatedServer, request: HttpRequest, outcome: str, size_bytes: int
+    ) -> None:
+        if self._traced:
+            what = f"{request.method} {request.path}"
+            self.trace.append(
+                Exchange(trio.current_time(), server.address, what, outcome, size_bytes)
+            )
+
+
+class WholeStream:
+    """A streamed response that has arrived already."""
+
+    def __init__(self, response: HttpResponse) -> None:
+        self._response = response
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self._response.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Lower-case name to value."""
+        return self._response.headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, in one piece."""
+        await trio.lowlevel.checkpoint()
+        if self._response.body:
+            yield self._response.body
+
+
+@asynccontextmanager
+async def open_fleet(
+    servers: int | Sequence[SimulatedServerSettings] = 4,
+    *,
+    lengths: Lengths = DEFAULT_LENGTHS,
+    seed: int = 0,
+    traced: bool = False,
+) -> AsyncIterator[SimulatedFleet]:
+    """Run simulated servers for the length of the block.
+
+    Args:
+        servers: How many default ones, or one record for each.
+        lengths: Of the answers.
+        seed: Of the lengths.
+        traced: Whether to keep every exchange in ``fleet.trace``.
+    """
+    if isinstance(servers, int):
+        servers = [SimulatedServerSettings()] * servers
+    fleet = SimulatedFleet(servers, lengths=lengths, seed=seed, traced=traced)
+    left_with: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        for server in fleet:
+            nursery.start_soon(server.run)
+        try:
+            yield fleet
+        except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
+            left_with = exc
+        nursery.cancel_scope.cancel()
+    if left_with is not None:
+        raise left_with

@@ -1,0 +1,95 @@
+"""How long answers are, in tokens: the one property of a model that scheduling depends on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable
+from statistics import NormalDist
+from typing import Protocol, Self
+
+from ..errors import ConfigError
+
+
+class Lengths(Protocol):
+    """Draws the length of one answer."""
+
+    def draw(self, rng: random.Random, /) -> int:
+        """Return a length in tokens, the end-of-sequence token included; at least 1.
+
+        Args:
+            rng: The fleet's; no other source of chance, or a run can not be repeated.
+        """
+
+
+class FixedLengths:
+    """Every answer has the same length.
+
+    Args:
+        tokens: That length, at least 1.
+
+    Raises:
+        ConfigError: If it is below 1.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        if tokens < 1:
+            raise ConfigError(f"an answer has at least 1 token, not {tokens}")
+        self._tokens = tokens
+
+    def draw(self, _: random.Random) -> int:
+        """See ``Lengths``."""
+        return self._tokens
+
+
+class LogNormalLengths:
+    """Log-normal lengths: what reasoning models show, many short answers and a long tail.
+
+    Args:
+        median: In tokens, at least 1.
+        sigma: Of the logarithm. p99 ÷ p50 is exp(2.326·sigma): 0.945 gives 9.
+        longest: Answers are cut there, in tokens.
+
+    Raises:
+        ConfigError: If a value is out of its range.
+    """
+
+    def __init__(self, median: float, sigma: float, longest: int) -> None:
+        if not (1 <= median <= longest and 0 <= sigma < math.inf):
+            raise ConfigError(
+                "lengths need 1 <= median <= longest and a finite sigma of at least 0"
+            )
+        self._mu = math.log(median)
+        self._sigma = sigma
+        self._longest = longest
+
+    @classmethod
+    def with_tail(cls, median: float, p99: float, longest: int) -> Self:
+        """The distribution with this median and 99th percentile, in tokens."""
+        return cls(median, math.log(p99 / median) / NormalDist().inv_cdf(0.99), longest)
+
+    def draw(self, rng: random.Random) -> int:
+        """See ``Lengths``."""
+        return min(self._longest, max(1, round(rng.lognormvariate(self._mu, self._sigma))))
+
+
+class RecordedLengths:
+    """Lengths as they were recorded, handed out in the order answers begin, over and over.
+
+    Args:
+        tokens: At least one length, each at least 1.
+
+    Raises:
+        ConfigError: If there is none, or one is below 1.
+    """
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        recorded = tuple(tokens)
+        if not recorded or min(recorded) < 1:
+            raise ConfigError("recorded lengths are one or more numbers of at least 1")
+        self._tokens = itertools.cycle(recorded)
+
+    def draw(self, _: random.Random) -> int:
+        """See ``Lengths``."""
+        return next(self._tokens)

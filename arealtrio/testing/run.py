@@ -1,0 +1,48 @@
+"""The production executor on a simulated fleet, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ..config import RolloutConfig
+from ..executor import WorkflowExecutor, open_executor
+from .fleet import DEFAULT_LENGTHS, SimulatedFleet, open_fleet
+from .lengths import Lengths
+from .server import SimulatedServerSettings
+
+
+@asynccontextmanager
+async def simulated_executor(
+    *,
+    servers: int | Sequence[SimulatedServerSettings] = 4,
+    lengths: Lengths = DEFAULT_LENGTHS,
+    seed: int = 0,
+    traced: bool = False,
+    **config: Any,
+) -> AsyncIterator[tuple[WorkflowExecutor, SimulatedFleet]]:
+    """Open the real executor over servers in memory.
+
+    Nothing of it is simulated but the servers and the network. Run it on a
+    ``trio.testing.MockClock(autojump_threshold=0)``, or wait for real seconds.
+
+    Args:
+        servers: How many default servers, or one record for each.
+        lengths: Of the answers.
+        seed: Of the lengths, and of the order within a batch unless ``config`` gives one.
+        traced: Whether to keep every exchange in ``fleet.trace``.
+        config: Further fields of ``RolloutConfig``.
+
+    Example:
+        >>> async def main() -> None:
+        ...     async with simulated_executor(consumer_batch_size=8) as (executor, fleet):
+        ...         async for batch in executor.batches(prompts(64), CountdownWorkflow()):
+        ...             await executor.update_weights(
+        ...                 WeightUpdate.from_disk(checkpoint(batch.version + 1), batch.version + 1)
+        ...             )
+    """
+    async with open_fleet(servers, lengths=lengths, seed=seed, traced=traced) as fleet:
+        settings = RolloutConfig(**{"seed": seed, **config, "servers": fleet.addresses})
+        async with open_executor(settings, transport=fleet) as executor:
+            yield executor, fleet

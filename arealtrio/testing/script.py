@@ -1,0 +1,126 @@
+"""ScriptedModel: answers that count down to the end of the sequence.
+
+An answer of L tokens is ``EOS + L - 1, …, EOS + 1, EOS``. So the next token follows from the last
+one, as in a real model: an answer that was interrupted goes on where it stopped, on whatever
+server, and a test sees at once whether a token was lost or made twice. The log-probability of a
+token says which weights made it, so that a test can check every reported version against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..embedded.sampling import Logits, SamplingParams
+from ..errors import UsageError
+
+EOS: Final = 1_000_000
+"""Prompts are to use ids below it; every generated id is at least it."""
+LONGEST: Final = 1_000_000
+"""The longest answer, in tokens."""
+_DIRECTORY: Final = "/simulated"
+_SCALE: Final = 2.0**-10  # log-probabilities are multiples of it, which float32 holds exactly
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedModel:
+    """The weights of one training step, of which nothing matters but their number.
+
+    Args:
+        version: That number, at least 0.
+    """
+
+    version: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Prompt ids, and one id for each number of tokens that may still follow."""
+        return EOS + LONGEST
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return EOS
+
+    @property
+    def logprob(self) -> float:
+        """Of every token that these weights make."""
+        return -(self.version + 1) * _SCALE
+
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Logits:  # noqa: ARG002
+        """Not to be asked for: answers are planned whole, see ``TimedScheduler``."""
+        raise UsageError("a scripted model has no logits; run it by TimedScheduler")
+
+
+def made_by(logprob: float) -> int:
+    """Return the version of the weights that made a token with this log-probability."""
+    return round(-logprob / _SCALE) - 1
+
+
+def checkpoint(version: int) -> str:
+    """Return the path from which simulated servers load the weights of a version."""
+    return f"{_DIRECTORY}/checkpoint-{version}"
+
+
+def load(path: Path) -> ScriptedModel:
+    """Return the weights at ``path``.
+
+    Raises:
+        FileNotFoundError: If it is not a path that ``checkpoint`` gives.
+    """
+    stem, _, number = path.name.rpartition("-")
+    if str(path.parent) != _DIRECTORY or stem != "checkpoint" or not number.isdecimal():
+        raise FileNotFoundError(f"no simulated checkpoint: {path}")
+    return ScriptedModel(int(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole answer to one request, before a token of it is made.
+
+    Args:
+        first: Its first token; each further one is smaller by 1.
+        length: Its tokens.
+        stop_reason: The stop id that ends it, if one does.
+        stopped: Whether it ends by itself; else the budget does.
+    """
+
+    first: int
+    length: int
+    stop_reason: int | None
+    stopped: bool
+
+
+def continues(token_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends in the middle of an answer."""
+    return token_ids[-1] > EOS
+
+
+def plan(token_ids: Sequence[int], params: SamplingParams, budget: int, drawn: int) -> Plan:
+    """Plan an answer.
+
+    Args:
+        token_ids: The prompt, which may end in the middle of an answer.
+        params: Where to stop. With ``ignore_eos`` the answer is as long as its budget.
+        budget: Tokens at most.
+        drawn: The length of a new answer in tokens; unused where one goes on.
+    """
+    first = _first_token(token_ids, params, budget, drawn)
+    stops = [token for token in params.stop_token_ids if EOS < token <= first]
+    if not params.ignore_eos:
+        stops.append(EOS)
+    ends = {first - token: token for token in stops if first - token >= params.min_tokens}
+    at = min(ends, default=budget)
+    if at >= budget:
+        return Plan(first, budget, None, stopped=False)
+    return Plan(first, at + 1, ends[at] if ends[at] != EOS else None, stopped=True)
+
+
+def _first_token(token_ids: Sequence[int], params: SamplingParams, budget: int, drawn: int) -> int:
+    if params.ignore_eos:
+        return EOS + budget - 1
+    if continues(token_ids):
+        return token_ids[-1] - 1
+    return EOS + min(max(drawn, params.min_tokens + 1), LONGEST) - 1
