@@ -239,43 +239,39 @@ class Exchange:
         if self._connection.closed:
             raise self._closed_by_us()
         # trio does not cancel a wait that is ready at once, so a flood would outrun its deadline.
-        if trio.current_time() < self._deadline:
-            with trio.CancelScope(deadline=self._next_deadline()) as self._scope:
+        now = trio.current_time()
+        if now < self._deadline:
+            with trio.CancelScope(deadline=self._next_deadline(now)) as self._scope:
                 return await operation()
-        raise TransportTimeout(
-            f"{self}: {self._passed()}", request_sent=self._some_sent, limit=self._phase()[0]
-        )
+        raise self._timed_out()
 
     def _phase(self) -> tuple[str, float]:
-        if trio.current_time() >= self._deadline:
-            return "total_s", self._limits.total_s
         if self._sent and not self._answered:
             return "first_byte_s", self._limits.first_byte_s
         return "idle_s", self._limits.idle_s
 
-    def _next_deadline(self) -> float:
-        return min(trio.current_time() + self._phase()[1], self._deadline)
+    def _next_deadline(self, now: float) -> float:
+        return min(now + self._phase()[1], self._deadline)
 
     def _extend(self) -> None:
         """Some of the request went out: the reader's wait starts anew."""
         if self._scope is not None:
-            self._scope.deadline = self._next_deadline()
+            self._scope.deadline = self._next_deadline(trio.current_time())
 
     # What went wrong.
 
     def __str__(self) -> str:
         return f"{self._method} {self._path} of {self._connection.origin.url}"
 
-    def _passed(self) -> str:
+    def _timed_out(self) -> TransportTimeout:
         name, seconds = self._phase()
-        what = {
-            "total_s": "the answer was not whole",
-            "first_byte_s": "no answer came",
-            "idle_s": "nothing more came"
-            if self._sent
-            else "the server took no more of the request",
-        }[name]
-        return f"{what} within {name} = {seconds:g} s"
+        what = "no answer came" if name == "first_byte_s" else "nothing more came"
+        if not self._sent:
+            what = "the server took no more of the request"
+        if trio.current_time() >= self._deadline:
+            name, seconds = "total_s", self._limits.total_s
+        message = f"{self}: {what} within {name} = {seconds:g} s"
+        return TransportTimeout(message, request_sent=self._some_sent, limit=name)
 
     def _check_size(self) -> None:
         size = max(self._parser.body_size_bytes, self._parser.content_length())
