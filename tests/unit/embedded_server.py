@@ -31,7 +31,7 @@ def save_weights(root: Path, seed: int) -> Path:
 
 
 class Watch:
-    """Wakes whoever waits for a state of the scheduler, after every call that may have changed it."""
+    """Wakes whoever waits for a state of the scheduler, after every call that may change it."""
 
     def __init__(self, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scheduler = scheduler

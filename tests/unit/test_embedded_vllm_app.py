@@ -79,8 +79,9 @@ async def test_an_error_has_the_shape_of_vllms(line: Line, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "abort_requests_all", "abort_requests_by_id", "completion_for_stop", "completion_for_stopstr",
-        "completion_multi_prompt", "completion_n3", "completion_sampled_rl",
+        "abort_requests_all", "abort_requests_by_id", "completion_for_stop",
+        "completion_for_stopstr", "completion_multi_prompt", "completion_n3",
+        "completion_sampled_rl",
         "completion_token_ids_greedy", "err_prompt_plus_max_tokens", "err_unknown_field",
         "generate_tito", "generate_tito_abort", "generate_tito_logprobs_0",
         "generate_tito_no_logprobs", "generate_tito_unknown_sampling_param", "get_world_size",
@@ -231,8 +232,8 @@ async def test_stop_tokens_stay_in_the_output(line: Line) -> None:
 
 
 async def test_eos_ends_an_answer_without_a_stop_reason(line: Line) -> None:
-    choice = (await line.ok("/v1/completions", {"prompt": PROMPT, "logit_bias": {"2": 100},
-                                                "return_token_ids": True}))["choices"][0]  # fmt: skip
+    body = {"prompt": PROMPT, "logit_bias": {"2": 100}, "return_token_ids": True}
+    choice = (await line.ok("/v1/completions", body))["choices"][0]
     assert choice["token_ids"] == [2]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
 
@@ -303,7 +304,7 @@ async def test_pause_abort_returns_what_is_there_and_the_next_waits(line: Line) 
         nursery.start_soon(stream.run, line)
         await stream.started.wait()
         await line.ok("/pause")
-        assert line.scheduler.running == ()
+        assert not line.scheduler.running
         later = Stream()
         nursery.start_soon(later.run, line)
         await line.watch.until(lambda scheduler: len(scheduler.waiting) == 1)
@@ -325,7 +326,7 @@ async def test_pause_wait_answers_when_the_running_have_finished(line: Line) -> 
         await stream.started.wait()
         assert len(line.scheduler.running) == 1
         await line.ok("/pause?mode=wait")
-        assert line.scheduler.running == ()
+        assert not line.scheduler.running
     assert stream.last["finish_reason"] == "length"
 
 
@@ -420,8 +421,8 @@ async def test_two_hundred_at_once(line: Line) -> None:
     answers: list[Any] = []
 
     async def ask(number: int) -> None:
-        body = {"prompt": [number % 300 + 3, 5], "max_tokens": 6, "seed": number, "ignore_eos": True,
-                "return_token_ids": True}  # fmt: skip
+        body = {"prompt": [number % 300 + 3, 5], "max_tokens": 6, "seed": number}
+        body |= {"ignore_eos": True, "return_token_ids": True}
         answers.append(await line.ok("/v1/completions", body))
 
     async with trio.open_nursery() as nursery:
