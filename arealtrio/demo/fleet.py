@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,7 @@ from ..errors import NoServerAvailable
 
 _ANNOUNCEMENT = b"listening on "
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 0.4  # a server answers what it has within 0.25 s; then there is nothing to lose
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ def server_processes(
 ) -> Iterator[list[ServerProcess]]:
     """Run ``count`` embedded servers around a block; leaving it ends them, however it is left.
 
+    They are asked to stop when the block ends well, and killed at once when it ends otherwise.
     A server also ends by itself when this process dies, because its standard input then ends. It
     has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which
     then ends the rollouts before the servers.
@@ -67,12 +68,13 @@ def server_processes(
         logged = [logs / f"server-{number}.log" for number in range(count)]
         # All are started before the first is waited for: they import at the same time.
         processes = [_start(command, log, stack) for log in logged]
-        stack.callback(_stop_all, processes)
         deadline = time.monotonic() + _START_TIMEOUT_S
         yield [
             ServerProcess(_wait_for_url(process, log, deadline), process, log)
             for process, log in zip(processes, logged, strict=True)
         ]
+        # Only a block that ended well waits for a farewell; a Ctrl-C must not.
+        _ask_to_stop(processes)
 
 
 def _start(command: Sequence[str], log: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
@@ -91,15 +93,13 @@ def _start(command: Sequence[str], log: Path, stack: ExitStack) -> subprocess.Po
     return process
 
 
-def _stop_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _ask_to_stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):  # then it is killed
             process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str:
