@@ -371,33 +371,34 @@ class ServerPool:
         """Wait until every server answers, learn what it is, label its weights, take it in.
 
         Raises:
-            NoServerAvailable: If a server is not healthy within ``setup_timeout_s``; it is named,
-                with what it last said.
+            NoServerAvailable: If a server is not healthy within ``setup_timeout_s``, or answers
+                what no server of this dialect would; each is named, with what it last said.
         """
         last_words: dict[str, str] = {}
         with trio.move_on_after(self.config.setup_timeout_s) as scope:
             async with trio.open_nursery() as nursery:
                 for server in self.servers:
-                    nursery.start_soon(self._join_one, server, last_words)
-        if scope.cancelled_caught:
-            missing = [s.address for s in self.servers if s.state is ServerState.JOINING]
-            words = "; ".join(f"{a}: {last_words.get(a, 'no answer')}" for a in missing)
-            raise NoServerAvailable(
-                f"not ready within setup_timeout_s={self.config.setup_timeout_s:g}: {words}"
-            )
+                    nursery.start_soon(self._join_one, server, last_words, nursery.cancel_scope)
+        missing = [s.address for s in self.servers if s.state is ServerState.JOINING]
+        if missing:
+            words = "; ".join(f"{address}: {last_words.get(address, 'no answer')}"
+                              for address in missing)  # fmt: skip
+            limit = f" within setup_timeout_s={self.config.setup_timeout_s:g}"
+            raise NoServerAvailable(f"not ready{limit if scope.cancelled_caught else ''}: {words}")
 
-    async def _join_one(self, server: Server, last_words: dict[str, str]) -> None:
+    async def _join_one(
+        self, server: Server, last_words: dict[str, str], all_of_them: trio.CancelScope
+    ) -> None:
         while True:  # a server is outside: it is asked at a named interval until it is up
             try:
                 await self._check_health(server)
                 await self._learn(server)
                 break
-            except TransportError as exc:
-                last_words[server.address] = str(exc)
             except RolloutError as exc:
-                if not _may_still_start(exc):
-                    raise NoServerAvailable(f"{server.address} is not usable: {exc}") from exc
                 last_words[server.address] = str(exc)
+                if not isinstance(exc, TransportError) and not _may_still_start(exc):
+                    last_words[server.address] = f"not usable: {exc}"
+                    all_of_them.cancel()
             await trio.sleep(SETUP_INTERVAL_S)
         self.put_in_service(server)
 
