@@ -139,7 +139,12 @@ class Exchange:
             await self._read_some()
 
     def release(self) -> None:
-        """Give the connection back if nothing is outstanding on it, else close it."""
+        """Give the connection back if nothing is outstanding on it, else close it.
+
+        Nor is it kept after a 5xx: uvicorn, and with it vLLM, answers an exception of the
+        application with a 500 that promises to keep the connection, and then closes it. The next
+        request would race with that close, and lose.
+        """
         if self._released:
             return
         parser = self._parser
@@ -147,6 +152,7 @@ class Exchange:
             self._sent
             and parser.complete
             and parser.keep_alive
+            and parser.status < 500
             and not parser.excess
             and not self._connection.closed
         ):
