@@ -36,10 +36,14 @@ class Peer:
             ),
             0,
         )
-        while len(rest) < size:
-            rest += await self._more()
-        self._buffer = rest[size:]
-        return head + b"\r\n\r\n" + rest[:size]
+        body = bytearray(rest)
+        while len(body) < size:
+            more = await self._more()
+            if not more:
+                return b""
+            body += more
+        self._buffer = bytes(body[size:])
+        return head + b"\r\n\r\n" + bytes(body[:size])
 
     async def say(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -159,6 +163,17 @@ def parts(data: bytes) -> Script:
             await trio.lowlevel.checkpoint()
 
     return script
+
+
+def after_one_answer(script: Script) -> Script:
+    """Answer the first request, so that its connection is kept, and go on with ``script``."""
+
+    async def both(peer: Peer) -> None:
+        await peer.read_request()
+        await peer.answer()
+        await script(peer)
+
+    return both
 
 
 async def silent(peer: Peer) -> None:

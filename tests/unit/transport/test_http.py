@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from arealtrio.errors import TransportError, TransportTimeout, UsageError
-from arealtrio.transport import HttpTransport
+from arealtrio.transport import HttpTransport, Transport
 from arealtrio.types import HttpRequest, TimeLimits
 
 from .peer import Peer, Script, StartServer, once, parts
@@ -136,7 +136,8 @@ class TestAnswers:
             assert not await peer.read_request()
 
         server = await start_server(script)
-        async with transport.stream(server.url, post, limits) as response:
+        ours: Transport = transport
+        async with ours.stream(server.url, post, limits) as response:
             assert response.status == 200
             assert response.headers == {"transfer-encoding": "chunked"}
             chunks = response.chunks()

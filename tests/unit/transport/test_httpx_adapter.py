@@ -21,7 +21,7 @@ from arealtrio.errors import (
 from arealtrio.transport import ClientTransport, HttpTransport, HttpxTransport, Transport
 from arealtrio.types import HttpRequest, TimeLimits
 
-from .peer import SHORT_S, Peer, StartServer, limits_with, once, silent
+from .peer import SHORT_S, Peer, StartServer, after_one_answer, limits_with, once, silent
 
 
 @pytest.fixture
@@ -202,7 +202,9 @@ class TestClientTransport:
             await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na")
             await peer.wait_closed()
 
-        server = await start_server(half if name == "idle_s" else silent)
+        script = after_one_answer(half if name == "idle_s" else silent)
+        server = await start_server(script)
+        await client.get(server.url)  # so that connecting takes none of the time
         limits = limits_with(**{"connect_s": SHORT_S, name: SHORT_S})
         with pytest.raises(TransportTimeout, match=f"{name} = ") as caught:
             # connect_s is granted on top of first_byte_s, because httpx does both in one call.
