@@ -225,7 +225,7 @@ GENERATE_FAILED: dict[str, tuple[type[ArealTrioError], str]] = {
     "version.json": (ProtocolError, "choices"),
     "weight_checker_0.json": (ProtocolError, "choices"),
     "weight_checker_1.json": (ProtocolError, "choices"),
-    # Cut short by whoever saved them, so that their lists no longer agree:
+    # Recordings that were cut short, so that their lists no longer agree:
     "keep_update_cmpl.json": (ProtocolError, ""),
     "keep_update_tito.json": (ProtocolError, ""),
     "pause_abort_results.json": (ProtocolError, "choices"),

@@ -1,0 +1,319 @@
+"""The dialect of SGLang's native server, as version 0.5.23 speaks it.
+
+``/generate`` is token in, token out, and reports which weights made which token.
+tests/golden/sglang-0.5.23 holds real exchanges of every route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from .._core.logprobs import Scanner, encode_ids
+from ..errors import ConfigError, ProtocolError
+from ..types import Float32Array, HttpRequest, HttpResponse, Int32Array, PauseMode, StopReason
+from . import body, metrics
+from .dialect import SegmentRequest, SegmentResponse, ServerInfo, ServerLoad, VersionSpan
+from .segment import check_segment, top_k_of
+from .status import check_status, raise_refusal
+from .tokens import NOTHING, Column, check_same, check_tokens, scan
+from .versions import Span, read_label, read_spans
+
+SERVER: Final = "SGLang"
+
+# ``keep`` is vLLM's name for: hold every request, and go on with it under the new weights. Both
+# ``retract`` and ``in_place`` do that, but only ``retract`` lets go of the cache that the old
+# weights made; without that /update_weights_from_disk can not drop it, and says that it failed.
+PAUSE_MODES: Final = {
+    "keep": "retract", "retract": "retract", "in_place": "in_place", "abort": "abort",
+}  # fmt: skip
+
+STOP_REASONS: Final[dict[str, StopReason]] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+# Its mark on an answer whose logits were not numbers, written as if a stop string had matched.
+NAN_MARK: Final = "NaN happened"
+# Older servers give tokens of another request along with this.
+BEFORE_PREFILL: Final = "Abort before prefill"
+
+LOAD_METRICS: Final = {
+    "sglang:num_running_reqs": True,
+    "sglang:num_queue_reqs": True,
+    "sglang:num_requests_total": False,  # not there before the first request is done
+}
+
+IDS: Final = "output_ids"
+PAIRS: Final = "meta_info.output_token_logprobs"
+
+SCANNER: Final = Scanner(
+    {IDS: "ids", PAIRS: "pairs", "meta_info.input_token_logprobs": "drop", "text": "drop"}
+)
+
+
+class _FinishReason(msgspec.Struct):
+    type: str
+    message: str | None = None
+    matched: Any = None  # an id, ids, or the text of a stop string
+
+
+class _MetaInfo(msgspec.Struct):
+    finish_reason: _FinishReason
+    weight_versions: list[Span] | None = None
+
+
+class _Answer(msgspec.Struct):
+    meta_info: _MetaInfo
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model] = []
+
+
+class _ModelInfo(msgspec.Struct):
+    weight_version: str | None = None
+
+
+class _InternalState(msgspec.Struct):
+    effective_max_running_requests_per_dp: int | None = None
+
+
+class _ServerInfo(msgspec.Struct):
+    context_length: int | None = None
+    max_running_requests: int | None = None
+    internal_states: list[_InternalState] = []  # one for each data-parallel scheduler
+
+
+class _Control(msgspec.Struct):
+    success: bool = True
+    message: str = ""
+
+
+class SglangDialect:
+    """Requests and answers of an SGLang server. Immutable; one instance serves every server."""
+
+    name = "sglang"
+    __slots__ = ()
+
+    def discover(self) -> Sequence[HttpRequest]:
+        """Ask for the models, the configuration, and the weights' label."""
+        return (body.get("/v1/models"), body.get("/server_info"), self.weight_version())
+
+    def parse_discover(self, responses: Sequence[HttpResponse]) -> ServerInfo:
+        """Read what the server is; SGLang nowhere tells its vocabulary size.
+
+        An id outside the vocabulary ends the server, so configure ``vocab_size`` for it.
+        """
+        models, info, weights = responses
+        listed = body.read_if_there(models, _Models, SERVER, "a list of models") or _Models()
+        config = body.read_if_there(info, _ServerInfo, SERVER, "its configuration") or _ServerInfo()
+        model = listed.data[0] if listed.data else None
+        return ServerInfo(
+            model=model.id if model else None,
+            max_model_len=(model and model.max_model_len) or config.context_length,
+            max_concurrency=_concurrency(config),
+            weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
+            token_in_token_out=True,
+        )
+
+    def generate(self, segment: SegmentRequest, info: ServerInfo) -> HttpRequest:
+        """Ask for tokens by ``/generate``; ``rid`` is the id that ``abort`` names.
+
+        Raises:
+            InvalidRequest: What ``check_segment`` refuses.
+        """
+        check_segment(segment, info)
+        question: dict[str, Any] = {
+            "rid": segment.request_id,
+            "input_ids": msgspec.Raw(encode_ids(segment.token_ids)),
+            "sampling_params": _sampling(segment, info),
+            "return_logprob": True,
+            "stream": False,
+        }
+        if segment.gconfig.lora_name:
+            question["lora_path"] = segment.model or segment.gconfig.lora_name
+        return body.post("/generate", question)
+
+    def parse_generate(
+        self,
+        response: HttpResponse,
+        info: ServerInfo,  # noqa: ARG002  there is one route
+    ) -> SegmentResponse:
+        """Read an answer.
+
+        ``meta_info.weight_version`` alone, which servers before ``weight_versions`` have, is the
+        label when the answer ended: it says nothing certain about any token, and is not read.
+
+        Raises:
+            ProtocolError: Also where the lists differ, a logprob is missing or not finite, the
+                finish reason is unknown, or the spans do not cover the tokens.
+            ServerError: Where the server found its logits not to be numbers.
+        """
+        columns, rest = scan(SCANNER, response, SERVER)
+        answer = body.decode(rest, _Answer, response, f"a generation from {SERVER}").meta_info
+        if answer.finish_reason.matched == NAN_MARK:
+            raise_refusal(response, SERVER, "its logits were not numbers")
+        return _segment_response(answer, columns)
+
+    def abort(
+        self,
+        request_id: str,
+        info: ServerInfo,  # noqa: ARG002  there is one route
+    ) -> HttpRequest:
+        """Stop one request by its ``rid``."""
+        return body.post("/abort_request", {"rid": request_id})
+
+    def pause(self, mode: PauseMode) -> HttpRequest:
+        """Stop generating: ``retract`` (or ``keep``), ``in_place`` or ``abort``.
+
+        ``retract`` puts the running requests back into the queue, to compute their keys and values
+        again under the weights that they then meet. ``in_place`` freezes them with their cache, so
+        that weights can not be loaded with ``load_weights`` while any is there. ``abort`` returns
+        what is there; SGLang looks once a second whether all are out.
+
+        Raises:
+            ConfigError: For a mode of another dialect.
+        """
+        if mode not in PAUSE_MODES:
+            raise ConfigError(
+                f"pause mode {mode!r} is not one of {SERVER}'s: {', '.join(PAUSE_MODES)}"
+            )
+        return body.post("/pause_generation", {"mode": PAUSE_MODES[mode]})
+
+    def resume(self) -> HttpRequest:
+        """Go on generating."""
+        return body.post("/continue_generation", {})
+
+    def load_weights(self, path: str, version: int) -> Sequence[HttpRequest]:
+        """Load, drop the cache and set the label, in the one request that does all three."""
+        question = {
+            "model_path": path,
+            "weight_version": str(version),
+            "flush_cache": True,
+            "abort_all_requests": False,
+        }
+        return (body.post("/update_weights_from_disk", question),)
+
+    def label_weights(self, version: int) -> HttpRequest:
+        """Set the label; left alone, SGLang would abort every request to do it."""
+        question = {"new_version": str(version), "abort_all_requests": False}
+        return body.post("/update_weight_version", question)
+
+    def parse_control(self, response: HttpResponse) -> None:
+        """Read an answer to a command; ``/abort_request`` answers with nothing."""
+        check_status(response, SERVER)
+        if not response.body:
+            return
+        answer = body.decode(response.body, _Control, response, f"a command's answer from {SERVER}")
+        if not answer.success:
+            raise_refusal(response, SERVER, answer.message or "the body says success: false")
+
+    def health(self) -> HttpRequest:
+        """Ask whether the engine is alive; when idle it generates a token first, for a second."""
+        return body.get("/health")
+
+    def parse_health(self, response: HttpResponse) -> None:
+        """Raise unless 2xx."""
+        check_status(response, SERVER)
+
+    def load(self) -> HttpRequest:
+        """Ask for the gauges, which are there with ``--enable-metrics``."""
+        return body.get("/metrics")
+
+    def parse_load(self, response: HttpResponse) -> ServerLoad:
+        """Add up the gauges of all its schedulers."""
+        return ServerLoad(*metrics.sum_samples(response, SERVER, LOAD_METRICS))
+
+    def weight_version(self) -> HttpRequest:
+        """Ask for the label."""
+        return body.get("/model_info")
+
+    def parse_weight_version(self, response: HttpResponse) -> int | None:
+        """Read it; a server that nobody updated says ``default``."""
+        return read_label(body.read(response, _ModelInfo, SERVER, "model info").weight_version)
+
+
+def _concurrency(config: _ServerInfo) -> int | None:
+    """What the schedulers settled on; the configured number is a wish, and may be missing."""
+    settled = [state.effective_max_running_requests_per_dp for state in config.internal_states]
+    known = [limit for limit in settled if limit is not None]
+    return sum(known) if known and len(known) == len(settled) else config.max_running_requests
+
+
+def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
+    """Every value is sent: what is left out is taken from ``--preferred-sampling-params``."""
+    gconfig = segment.gconfig
+    sampling: dict[str, Any] = {
+        "max_new_tokens": segment.max_new_tokens,
+        "min_new_tokens": segment.min_new_tokens,
+        "temperature": 0.0 if gconfig.greedy else gconfig.temperature,
+        "top_p": gconfig.top_p,
+        "top_k": top_k_of(segment, info),
+        "min_p": gconfig.min_p,
+        "frequency_penalty": gconfig.frequency_penalty,
+        "presence_penalty": gconfig.presence_penalty,
+        "repetition_penalty": gconfig.repetition_penalty,
+        "ignore_eos": gconfig.ignore_eos,
+        "skip_special_tokens": gconfig.skip_special_tokens,
+        "stop_token_ids": gconfig.stop_token_ids,
+    }
+    if gconfig.stop:
+        sampling["stop"] = gconfig.stop
+    if segment.seed is not None:
+        sampling["sampling_seed"] = segment.seed
+    return sampling
+
+
+def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentResponse:
+    stop_reason = _stop_reason(answer.finish_reason)
+    message = answer.finish_reason.message or ""
+    if stop_reason == "abort" and (message.startswith(BEFORE_PREFILL) or _has_no_token(columns)):
+        return SegmentResponse(
+            token_ids=np.empty(0, dtype=np.int32),
+            logprobs=np.empty(0, dtype=np.float32),
+            stop_reason=stop_reason,
+            versions=(),
+            message=message,
+        )
+    ids, logprobs = _tokens(columns)
+    return SegmentResponse(
+        token_ids=ids,
+        logprobs=logprobs,
+        stop_reason=stop_reason,
+        versions=_spans(answer, len(ids)),
+        message=message,
+    )
+
+
+def _stop_reason(finish_reason: _FinishReason) -> StopReason:
+    if finish_reason.type not in STOP_REASONS:
+        raise ProtocolError(
+            f"expected a finish reason of {', '.join(STOP_REASONS)} from {SERVER}, "
+            f"got {finish_reason.type[:20]!r}"
+        )
+    return STOP_REASONS[finish_reason.type]
+
+
+def _has_no_token(columns: dict[str, Column]) -> bool:
+    """A request that was aborted in the queue has an empty list of ids, and perhaps no logprobs."""
+    ids, _ = columns[IDS] or NOTHING
+    return columns[PAIRS] is None and (ids is None or len(ids) == 0)
+
+
+def _tokens(columns: dict[str, Column]) -> tuple[Int32Array, Float32Array]:
+    ids, _ = columns[IDS] or NOTHING
+    pair_ids, logprobs = columns[PAIRS] or NOTHING
+    check_same(ids, pair_ids, SERVER)
+    return check_tokens(ids if pair_ids is None else pair_ids, logprobs, SERVER)
+
+
+def _spans(answer: _MetaInfo, token_count: int) -> tuple[VersionSpan, ...] | None:
+    if answer.weight_versions is None:
+        return None
+    return read_spans(answer.weight_versions, token_count)
