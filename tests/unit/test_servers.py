@@ -52,11 +52,10 @@ class Holders:
         await trio.testing.wait_all_tasks_blocked()
 
     async def _hold(self, name: str, wants: dict[str, object]) -> None:
-        with self._scopes[name]:
-            with await self.pool.lease(**wants) as lease:  # type: ignore[arg-type]
-                self.order.append(name)
-                self.server[name] = lease.server.address
-                await self._release[name].wait()
+        with self._scopes[name], await self.pool.lease(**wants) as lease:  # type: ignore[arg-type]
+            self.order.append(name)
+            self.server[name] = lease.server.address
+            await self._release[name].wait()
 
     async def release(self, *names: str) -> None:
         for name in names:
