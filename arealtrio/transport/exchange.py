@@ -267,7 +267,8 @@ class Exchange:
     # What went wrong.
 
     def __str__(self) -> str:
-        return f"{self._method} {self._path} of {self._connection.origin.url}"
+        route = self._path.partition("?")[0]  # a query may hold a secret
+        return f"{self._method} {route} of {self._connection.origin.url}"
 
     def _timed_out(self) -> TransportTimeout:
         name, seconds = self._phase()
