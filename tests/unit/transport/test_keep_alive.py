@@ -58,7 +58,7 @@ class TestKeepAlive:
             b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokjunk",
             b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n"
             b"content-length: 3\r\n\r\nbad",
-            b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2\r\n\r\nno",
+            b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2\r\n\r\nok",
         ],
         ids=["close", "1.0", "garbage", "second-answer", "500"],
     )
