@@ -1,22 +1,18 @@
 """ServerPool: the inference servers, who may take a request now, and one queue for those that wait.
 
-A request never waits inside a full server. It waits in the pool's one queue, and a released slot
-goes directly to the first waiter that may use it (Graham's list scheduling: no slot is idle while
-somebody could use it). What a server *is* lives here as well: its address, dialect, cap, weight
-version, and whether it is in service.
+What a server *is* lives here: its address, dialect, cap, weight version, and whether it is in
+service. How its slots are handed out is in ``leases``, which of several is taken in ``scheduling``.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-import outcome
 import trio
 
 from .config import RolloutConfig
@@ -24,17 +20,11 @@ from .errors import (
     ConfigError,
     NoServerAvailable,
     RequestRejected,
-    RolloutClosed,
     RolloutError,
     TransportError,
-    UsageError,
 )
-from .scheduling import (
-    DEFAULT_MAX_CONCURRENT_PER_SERVER,
-    SchedulePolicy,
-    Slot,
-    make_policy,
-)
+from .leases import HeldSlot, LeaseQueue
+from .scheduling import DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
 from .transport import Transport
 from .types import HttpRequest, HttpResponse, PauseMode, TimeLimits
 from .wire.dialect import Dialect, ServerInfo, ServerLoad
@@ -88,21 +78,19 @@ class Lease:
     """A held slot on a server. Leaving the ``with`` block gives it back, synchronously, once.
 
     Args:
-        pool: Where it came from.
         server: Whose slot it is.
-        slot: The policy's own handle.
+        slot: The slot.
 
     Attributes:
         version: The server's weight version when the lease was granted.
     """
 
-    __slots__ = ("_pool", "_slot", "server", "version")
+    __slots__ = ("_slot", "server", "version")
 
-    def __init__(self, pool: ServerPool, server: Server, slot: Slot) -> None:
-        self._pool = pool
-        self._slot: Slot | None = slot
+    def __init__(self, server: Server, slot: HeldSlot) -> None:
         self.server = server
         self.version = server.version
+        self._slot = slot
 
     def release(self) -> None:
         """Give the slot back.
@@ -110,12 +98,10 @@ class Lease:
         Raises:
             UsageError: If it was given back before; nothing is changed.
         """
-        slot, self._slot = self._slot, None
-        if slot is None:
-            raise UsageError("this lease was released before")
-        self._pool._release(slot)
+        self._slot.release()
 
     def __enter__(self) -> Self:
+        self._slot.__enter__()
         return self
 
     def __exit__(
@@ -124,25 +110,13 @@ class Lease:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._slot is not None:
-            self.release()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiter:
-    """A task parked in the queue, and which servers it can not use."""
-
-    task: trio.lowlevel.Task
-    exclude: frozenset[str]
-    min_version: int
+        self._slot.__exit__(exc_type, exc, traceback)
 
 
 class ServerPool:
     """All servers of a run, the selection among them, and the one queue in front of them.
 
-    Invariants: a server's outstanding requests never exceed its cap (I4; ``round_robin`` with
-    ``no_block`` excepted), and no slot is free that a waiter could use (I5). Every decision is a
-    synchronous function, so no task sees it half made.
+    Every decision is a synchronous function, so no task sees it half made.
 
     Args:
         config: Servers, caps, policy, time limits.
@@ -167,11 +141,8 @@ class ServerPool:
         self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
-        # Parked requests, oldest first. An OrderedDict, because taking the first entry of a plain
-        # dict costs O(entries removed so far).
-        self._waiters: OrderedDict[_Waiter, None] = OrderedDict()
+        self._leases = LeaseQueue(self._policy, self._too_old)
         self._newest_told = 0
-        self._closed = False
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -183,7 +154,7 @@ class ServerPool:
     @property
     def waiting(self) -> int:
         """Requests parked in the queue."""
-        return len(self._waiters)
+        return len(self._leases)
 
     @property
     def newest_told(self) -> int:
@@ -238,54 +209,15 @@ class ServerPool:
             RolloutClosed: If the pool was closed, before or during the wait.
             NoServerAvailable: If no server of the pool could ever be eligible.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._closed:
-            raise RolloutClosed("the server pool is closed")
         if exclude.issuperset(self._servers):
             raise NoServerAvailable("every server of the pool is excluded for this request")
-        slot = self._take(exclude, min_version, prefer)
-        if slot is None:
-            slot = await self._park(_Waiter(trio.lowlevel.current_task(), exclude, min_version))
-        return Lease(self, self._servers[slot.server], slot)
+        slot = await self._leases.acquire(exclude, min_version, prefer)
+        return Lease(self._servers[slot.address], slot)
 
-    def _take(self, exclude: frozenset[str], min_version: int, prefer: str | None) -> Slot | None:
-        if min_version > self.version:
-            exclude |= {s.address for s in self.servers if s.version < min_version}
-        return self._policy.acquire(exclude=exclude, prefer=prefer)
-
-    async def _park(self, waiter: _Waiter) -> Slot:
-        self._waiters[waiter] = None
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            del self._waiters[waiter]
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        slot: Slot = await trio.lowlevel.wait_task_rescheduled(abort)
-        return slot
-
-    def _release(self, slot: Slot) -> None:
-        self._policy.release(slot)
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Give free slots to waiters, oldest first, each to the first that may use it."""
-        if not self._waiters:
-            return
-        for waiter in list(self._eligible_first()):
-            slot = self._take(waiter.exclude, waiter.min_version, None)
-            if slot is not None:
-                del self._waiters[waiter]
-                trio.lowlevel.reschedule(waiter.task, outcome.Value(slot))
-
-    def _eligible_first(self) -> Iterator[_Waiter]:
-        """The waiters worth asking: no more than there are free slots, unless one was choosy."""
-        free = self._policy.free()
-        for waiter in self._waiters:
-            if free <= 0:
-                return
-            yield waiter
-            if not waiter.exclude and waiter.min_version <= self.version:
-                free -= 1
+    def _too_old(self, min_version: int) -> frozenset[str]:
+        if min_version <= self.version:  # what is in service is at least that new
+            return frozenset()
+        return frozenset(s.address for s in self.servers if s.version < min_version)
 
     # --- service -----------------------------------------------------------------------------
 
@@ -293,7 +225,7 @@ class ServerPool:
         """Set a server's state; only READY takes requests. Wakes whoever can use it now."""
         server.state = state
         self._policy.set_cap(server.address, server.cap if state is ServerState.READY else 0)
-        self._hand_over()
+        self._leases.hand_over()
 
     def told(self, version: int) -> None:
         """Record that some server is about to be told to load ``version``."""
@@ -303,7 +235,7 @@ class ServerPool:
         """Make ``version`` the version of the pool, in either direction (recovery goes back)."""
         self.version = version
         self.told(version)
-        self._hand_over()
+        self._leases.hand_over()
 
     @contextmanager
     def open(self) -> Iterator[Self]:
@@ -311,11 +243,7 @@ class ServerPool:
         try:
             yield self
         finally:
-            self._closed = True
-            while self._waiters:
-                waiter, _ = self._waiters.popitem(last=False)
-                error = RolloutClosed("the server pool was closed while this request waited")
-                trio.lowlevel.reschedule(waiter.task, outcome.Error(error))
+            self._leases.close()
 
     # --- talking to servers ------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ TOP = (
 SERVING_WING = (
     ("engine", "weights"),
     ("servers",),
+    ("leases",),
     ("scheduling", "transport", "wire"),
 )
 DATA_WING = (
@@ -65,10 +66,10 @@ DOORS = {
     "hypercorn": "embedded",
     "msgspec": "wire embedded",
     "numpy": "*",
-    "outcome": "controller servers waiting",  # what a waiter is woken with
+    "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (
-        "cli demo controller executor groups waiting engine weights servers transport reward "
+        "cli demo controller executor groups waiting engine weights servers leases transport reward "
         "workflow observe embedded testing"  # the other rooms decide; they never wait
     ),
     # Of the standard library: threads, processes and sockets have doors too.

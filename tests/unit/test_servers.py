@@ -284,7 +284,7 @@ async def test_under_random_holds_and_cancels_no_slot_is_lost_and_none_is_idle(
             assert 0 <= row.outstanding <= caps[row.address]  # I4
         free = {r.address for r in pool.statistics() if r.outstanding < caps[r.address]}
         if pool.waiting:  # I5: whoever waits excludes every server that has a free slot
-            assert all(free <= waiter.exclude for waiter in pool._waiters)
+            assert all(free <= waiter.exclude for waiter in pool._leases)
 
     async with trio.open_nursery() as nursery:
         for _ in range(200):
