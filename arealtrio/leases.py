@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import outcome
 import trio
@@ -59,6 +59,9 @@ class HeldSlot:
             self.release()
 
 
+Barred: TypeAlias = Callable[[frozenset[str], int], frozenset[str]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiter:
     """A task parked in the queue, and which servers it can not use."""
@@ -77,12 +80,13 @@ class LeaseQueue:
 
     Args:
         policy: Which server is next.
-        too_old: Given a version, the addresses of servers whose weights are older.
+        barred: Given the servers a waiter excludes and the version it needs, the addresses it can
+            not use at this moment. Asked anew at each decision, because servers come and go.
     """
 
-    def __init__(self, policy: SchedulePolicy, too_old: Callable[[int], frozenset[str]]) -> None:
+    def __init__(self, policy: SchedulePolicy, barred: Barred) -> None:
         self.policy = policy
-        self._too_old = too_old
+        self._barred = barred
         # Parked requests, oldest first. An OrderedDict, because taking the first entry of a plain
         # dict costs O(entries removed so far).
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
@@ -97,12 +101,23 @@ class LeaseQueue:
         return iter(self._waiters)
 
     async def acquire(
-        self, exclude: frozenset[str], min_version: int, prefer: str | None
+        self,
+        exclude: frozenset[str],
+        min_version: int,
+        prefer: str | None,
+        *,
+        at_head: bool = False,
     ) -> HeldSlot:
         """Take a slot, waiting while none is free.
 
         Cancelling a waiter, at any moment, loses no slot: either it is taken out of the queue, or
         the slot was already handed over, is returned here, and released by the caller's ``with``.
+
+        Args:
+            exclude: Addresses not to use.
+            min_version: Only servers with weights at least this new.
+            prefer: Used if it has a free slot.
+            at_head: Wait before all others: a generation that was interrupted goes on first.
 
         Raises:
             RolloutClosed: If the queue was closed, before or during the wait.
@@ -112,14 +127,17 @@ class LeaseQueue:
             raise RolloutClosed("the server pool is closed")
         slot = self._take(exclude, min_version, prefer)
         if slot is None:
-            slot = await self._park(Waiter(trio.lowlevel.current_task(), exclude, min_version))
+            waiter = Waiter(trio.lowlevel.current_task(), exclude, min_version)
+            slot = await self._park(waiter, at_head)
         return HeldSlot(self, slot)
 
     def _take(self, exclude: frozenset[str], min_version: int, prefer: str | None) -> Slot | None:
-        return self.policy.acquire(exclude=exclude | self._too_old(min_version), prefer=prefer)
+        return self.policy.acquire(exclude=self._barred(exclude, min_version), prefer=prefer)
 
-    async def _park(self, waiter: Waiter) -> Slot:
+    async def _park(self, waiter: Waiter, at_head: bool) -> Slot:
         self._waiters[waiter] = None
+        if at_head:
+            self._waiters.move_to_end(waiter, last=False)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             del self._waiters[waiter]
@@ -150,13 +168,16 @@ class LeaseQueue:
             if free <= 0:
                 return
             yield waiter
-            if not waiter.exclude and not self._too_old(waiter.min_version):
+            if not self._barred(waiter.exclude, waiter.min_version):
                 free -= 1
+
+    def fail_all(self, error: Callable[[], Exception]) -> None:
+        """Wake every waiter with an error of its own."""
+        while self._waiters:
+            waiter, _ = self._waiters.popitem(last=False)
+            trio.lowlevel.reschedule(waiter.task, outcome.Error(error()))
 
     def close(self) -> None:
         """Wake every waiter with RolloutClosed, and refuse new ones."""
         self._closed = True
-        while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
-            error = RolloutClosed("the server pool was closed while this request waited")
-            trio.lowlevel.reschedule(waiter.task, outcome.Error(error))
+        self.fail_all(lambda: RolloutClosed("the server pool was closed while this request waited"))

@@ -141,7 +141,7 @@ class ServerPool:
         self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
-        self._leases = LeaseQueue(self._policy, self._too_old)
+        self._leases = LeaseQueue(self._policy, self._barred)
         self._newest_told = 0
 
     # --- what there is -----------------------------------------------------------------------
@@ -214,10 +214,11 @@ class ServerPool:
         slot = await self._leases.acquire(exclude, min_version, prefer)
         return Lease(self._servers[slot.address], slot)
 
-    def _too_old(self, min_version: int) -> frozenset[str]:
+    def _barred(self, exclude: frozenset[str], min_version: int) -> frozenset[str]:
+        """What a request can not use: servers it excludes, and those older than it needs."""
         if min_version <= self.version:  # what is in service is at least that new
-            return frozenset()
-        return frozenset(s.address for s in self.servers if s.version < min_version)
+            return exclude
+        return exclude | {s.address for s in self.servers if s.version < min_version}
 
     # --- service -----------------------------------------------------------------------------
 
