@@ -77,22 +77,31 @@ cdef extern from *:
         return true;
     }
 
-    // Whether the 8 bytes at ``at`` are all digits, or all plain characters of a JSON string
-    // (neither a quote, a backslash, a control character nor above 127): the arithmetic does
-    // to each byte what the two loops of the grammar do to one.
+    // How many of the 8 bytes at ``at``, from the first on, are digits, or are plain characters of a
+    // JSON string (no quote, backslash, control character, nor above 127). The arithmetic sets the
+    // high bit of each byte that is not; a borrow reaches only bytes behind the first of those.
+    static inline int arealtrio_first(uint64_t marks) {
+    #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        return marks ? __builtin_ctzll(marks) >> 3 : 8;
+    #else
+        return marks ? 0 : 8;  // the loop behind goes byte by byte
+    #endif
+    }
     static inline uint64_t arealtrio_load8(const unsigned char* at) {
         uint64_t word;
         std::memcpy(&word, at, 8);
         return word;
     }
-    static inline bool arealtrio_digits8(const unsigned char* at) {
-        const uint64_t word = arealtrio_load8(at), ones = 0x0101010101010101ULL;
-        return ((word & 0xF0 * ones) | (((word + 0x06 * ones) & 0xF0 * ones) >> 4)) == 0x33 * ones;
+    static const uint64_t ONES = 0x0101010101010101ULL;
+    static inline int arealtrio_digits8(const unsigned char* at) {
+        const uint64_t value = arealtrio_load8(at) ^ 0x30 * ONES;
+        return arealtrio_first((((value & 0x7F * ONES) + 0x76 * ONES) | value) & 0x80 * ONES);
     }
-    static inline bool arealtrio_plain8(const unsigned char* at) {
-        const uint64_t word = arealtrio_load8(at), ones = 0x0101010101010101ULL;
-        const uint64_t quote = word ^ 0x22 * ones, backslash = word ^ 0x5C * ones;
-        return !(((quote - ones) | (backslash - ones) | (word - 0x20 * ones) | word) & 0x80 * ones);
+    static inline int arealtrio_plain8(const unsigned char* at) {
+        const uint64_t word = arealtrio_load8(at);
+        const uint64_t quote = word ^ 0x22 * ONES, backslash = word ^ 0x5C * ONES;
+        return arealtrio_first((((quote - ONES) & ~quote) | ((backslash - ONES) & ~backslash)
+                                | ((word - 0x20 * ONES) & ~word) | word) & 0x80 * ONES);
     }
 
     static inline char* arealtrio_write_int(char* at, char* end, int value) {
@@ -102,8 +111,8 @@ cdef extern from *:
     bint to_double "arealtrio_to_double"(
         const char* begin, const char* limit, double* value, const char** end
     ) nogil
-    bint digits8 "arealtrio_digits8"(const unsigned char* at) nogil
-    bint plain8 "arealtrio_plain8"(const unsigned char* at) nogil
+    int digits8 "arealtrio_digits8"(const unsigned char* at) nogil
+    int plain8 "arealtrio_plain8"(const unsigned char* at) nogil
     char* write_int "arealtrio_write_int"(char* at, char* end, int value) nogil
 
 cdef extern from "<cmath>" namespace "std" nogil:
@@ -206,10 +215,12 @@ cdef inline bint is_digit(unsigned char char) noexcept nogil:
 
 cdef inline bint skip_digits(Scan* scan) noexcept nogil:
     cdef Bytes at = scan.at
+    cdef int run = 8
     if not is_digit(at[0]):
         return fail(scan, b"a digit")
-    while scan.end - at >= 8 and digits8(at):
-        at += 8
+    while run == 8 and scan.end - at >= 8:
+        run = digits8(at)
+        at += run
     while is_digit(at[0]):
         at += 1
     scan.at = at
@@ -301,12 +312,15 @@ cdef bint skip_special(Scan* scan) noexcept nogil:
 
 cdef bint skip_string(Scan* scan) noexcept nogil:
     cdef Bytes at
+    cdef int run
     if not take(scan, c'"', b"a string"):
         return False
     while True:
         at = scan.at
-        while scan.end - at >= 8 and plain8(at):
-            at += 8
+        run = 8
+        while run == 8 and scan.end - at >= 8:
+            run = plain8(at)
+            at += run
         while 0x20 <= at[0] < 0x80 and at[0] != c'"' and at[0] != c"\\":
             at += 1
         scan.at = at
