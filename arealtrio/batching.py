@@ -12,6 +12,7 @@ from .groups import (
     AcceptFunction,
     Deliver,
     GroupTask,
+    Verdict,
     WorkflowLike,
     resolve_accept,
     resolve_workflow,
@@ -92,6 +93,7 @@ class BatchStream:
         self.feed = LoaderFeed(loader)
         self.accepted: DeliveryQueue[Group] = DeliveryQueue(order)
         self.unsettled = 0
+        self.read_ahead = False  # whether prompts were read since a batch became ready
         self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
 
     @property
@@ -110,7 +112,9 @@ class BatchStream:
     def discard_older_than(self, oldest: int, version: int) -> int:
         """Drop what became too old because versions advanced without a batch.
 
-        A trainer that takes one batch per version never has any; see ``delivery``.
+        A trainer that takes one batch per version never has any; see ``delivery``. Every group is
+        looked at, not just the lowest: the age does not follow the number where a rollout does
+        something else, or waits for a server, before its first token.
 
         Args:
             oldest: The oldest admissible version.
@@ -119,12 +123,9 @@ class BatchStream:
         Returns:
             How many were dropped; each is among ``failures``.
         """
-        count = 0
-        while self.accepted.ready and is_older(self.accepted.first(), oldest):
-            (group,) = self.accepted.take(1)
-            self.failures.append(_discarded(group, version))
-            count += 1
-        return count
+        discarded = self.accepted.take_where(lambda group: is_older(group, oldest))
+        self.failures += [_discarded(group, version) for group in discarded]
+        return len(discarded)
 
     def take_failures(self) -> tuple[RolloutResult, ...]:
         """What settled otherwise since this was last asked."""
@@ -146,17 +147,23 @@ class BatchStream:
 
 
 def _discarded(group: Group, version: int) -> RolloutResult:
+    verdict = outdated(group, version)
+    return RolloutResult(
+        task_id=group.task_id,
+        prompt_id=group.prompt_id,
+        outcome=verdict.outcome,
+        failure=verdict.failure,
+        number=group.number,
+    )
+
+
+def outdated(group: Group, version: int) -> Verdict:
+    """How a group ends that was made well, and is too old for a batch of ``version``."""
     error = UsageError(
         f"discarded: its oldest token is of version {group.head_version} and the trainer is at "
         f"{version}, beyond max_staleness; the version advanced without a batch"
     )
-    return RolloutResult(
-        task_id=group.task_id,
-        prompt_id=group.prompt_id,
-        outcome=Outcome.EXPIRED,
-        failure=Failure(FailureKind.DATA, error),
-        number=group.number,
-    )
+    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error))
 
 
 def is_older(group: Group, version: int) -> bool:

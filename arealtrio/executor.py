@@ -18,7 +18,7 @@ import numpy as np
 import trio
 
 from .admission import Admission
-from .batching import BatchStream, DataLoader, RolloutArguments, is_older, positive
+from .batching import BatchStream, DataLoader, RolloutArguments, is_older, outdated, positive
 from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
@@ -156,16 +156,21 @@ class WorkflowExecutor:
         group = arguments.group(
             task_id, data, self._results.deliver, is_eval=is_eval, is_batched=False
         )
+        self._results.expect(group)
         self._enqueue([group])
         return task_id
 
     def _new_task_id(self, task_id: str | None = None) -> str:
         self._check_open()
         if task_id is None:
-            return f"rollout-{next(self._ids)}"
-        if task_id in self._live or task_id in self._results:
+            names = (f"rollout-{number}" for number in self._ids)
+            return next(name for name in names if not self._in_use(name))
+        if self._in_use(task_id):
             raise UsageError(f"task id {task_id!r} is in use; nothing was submitted")
         return task_id
+
+    def _in_use(self, task_id: str) -> bool:
+        return task_id in self._live or task_id in self._results
 
     async def wait(
         self, count: int, timeout_s: float | None = None, *, is_eval: bool = False
@@ -197,15 +202,12 @@ class WorkflowExecutor:
             return await self._wait_until(poll)
 
     def _check_can_come(self, count: int, *, is_eval: bool) -> None:
-        there = len(self._results.of(is_eval=is_eval))
-        under_way = sum(
-            group.is_eval == is_eval and not group.is_batched and not self._results.is_claimed(name)
-            for name, group in self._live.items()
-        )
-        if there + under_way < count:
+        coming = self._results.coming(is_eval=is_eval)
+        if coming < count:
+            there = len(self._results.of(is_eval=is_eval))
             raise UsageError(
                 f"wait({count}) would never end: {there} results are there and "
-                f"{under_way} are under way"
+                f"{coming - there} are under way"
             )
         if not is_eval:
             self._admission.check_budget()
@@ -220,6 +222,7 @@ class WorkflowExecutor:
             UsageError: If the id was never submitted, or its result was taken.
             StalenessBudgetExhausted: As for ``wait``.
         """
+        self._check_open()
         is_eval = self._results.claim(task_id, self._live.get(task_id))
 
         def poll() -> RolloutResult | None:
@@ -293,9 +296,10 @@ class WorkflowExecutor:
         finally:
             for group in groups:
                 self._cancel(group)
+            # Also where this call fails: what it throws away is no debt of the batches to come.
+            self._consume([result.group for result in settled.values() if result.group is not None])
         accepted = tuple(result.group for result in results if result.group is not None)
         failures = tuple(result for result in results if result.group is None)
-        self._consume(accepted)
         return Batch(groups=accepted, version=self.get_version(), failures=failures)
 
     # --- prepare_batch -----------------------------------------------------------------------
@@ -368,17 +372,19 @@ class WorkflowExecutor:
         return await self._wait_until(lambda: self._step(stream))
 
     def _step(self, stream: BatchStream) -> Batch | int | None:
-        limit, size = self.config.pending_limit, self.config.consumer_batch_size
-        wanted = limit - self._admission.queued
-        # Asking for one prompt at a time would cost the trainer's thread a round trip each.
-        if not stream.feed.exhausted and wanted >= max(1, limit // 4):
-            return wanted
-        if self.config.straggler_policy == "wait":
-            self._consumed += stream.discard_older_than(self._oldest(), self.get_version())
-        if stream.accepted.ready >= size:
-            return self._release(stream, size)
-        if len(self._failed_in_a_row) == self.config.max_consecutive_failures:
+        size = self.config.consumer_batch_size
+        self._discard_outdated(self.get_version())
+        ready = stream.accepted.ready >= size
+        if not ready and len(self._failed_in_a_row) == self.config.max_consecutive_failures:
             raise self._too_many_failures()
+        wanted = self._prompts_wanted(stream)
+        # A batch that is ready is held up once at most: rollouts that fail or are rejected at once
+        # would want prompts for ever.
+        if wanted and not (ready and stream.read_ahead):
+            stream.read_ahead = ready
+            return wanted
+        if ready:
+            return self._release(stream, size)
         if stream.ended:
             if not stream.accepted:
                 self._stream = None
@@ -386,7 +392,14 @@ class WorkflowExecutor:
         self._admission.check_budget()
         return None
 
+    def _prompts_wanted(self, stream: BatchStream) -> int:
+        """How many prompts to read now; asking for one at a time would cost a round trip each."""
+        limit = self.config.pending_limit
+        wanted = limit - self._admission.queued
+        return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
+
     def _release(self, stream: BatchStream, count: int) -> Batch:
+        stream.read_ahead = False
         groups = stream.accepted.take(count)
         self._consume(groups)
         shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
@@ -469,8 +482,11 @@ class WorkflowExecutor:
     def _settle(self, group: GroupTask) -> None:
         """Settle a group whose members have all ended: exactly once, synchronously."""
         accepted, verdict = _judge(group)
-        self._admission.settled(group, verdict.outcome)
         self._count_failure(group, verdict)
+        if accepted is not None and group.is_batched and self._is_outdated(accepted):
+            verdict = outdated(accepted, self.get_version())
+            accepted = None
+        self._admission.settled(group, verdict.outcome)
         del self._live[group.task_id]
         result = RolloutResult(
             task_id=group.task_id,
@@ -504,6 +520,16 @@ class WorkflowExecutor:
         """Groups leave for the trainer: count them, and those that are beyond the bound."""
         self._consumed += len(groups)
         self.staleness_violations += sum(is_older(group, self._oldest()) for group in groups)
+
+    def _is_outdated(self, group: Group) -> bool:
+        """Whether no batch may hold this group any more."""
+        return self.config.straggler_policy == "wait" and is_older(group, self._oldest())
+
+    def _discard_outdated(self, version: int) -> None:
+        """Drop what waits for a batch and is too old for ``version``; it counts as consumed."""
+        if self._stream is not None and self.config.straggler_policy == "wait":
+            oldest = version - self.config.max_staleness
+            self._consumed += self._stream.discard_older_than(oldest, version)
 
     def _oldest(self) -> int:
         """The oldest version that a token consumed now may have."""
@@ -542,6 +568,7 @@ class WorkflowExecutor:
         """
         if self.config.straggler_policy != "wait":
             return
+        self._discard_outdated(version)  # first: what is dropped holds no budget
         short = version * self.config.consumer_batch_size - self._consumed
         if short > 0:
             self.staleness_manager.charge(short)
@@ -626,6 +653,16 @@ def _judge(group: GroupTask) -> tuple[Group | None, Verdict]:
     return None, Verdict(Outcome.REJECTED)
 
 
+def _crash(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What the caller gets where a rollout's task died: an ordinary error, but Ctrl-C as itself."""
+    _, ours = group.split(trio.Cancelled)
+    if ours is None:
+        return group  # cancelled from outside
+    if ours.subgroup(KeyboardInterrupt):
+        return KeyboardInterrupt()
+    return RolloutCrashed(f"the rollout side died: {ours.exceptions[0]!r}")
+
+
 def _closed_error() -> RolloutClosed:
     return RolloutClosed("the executor is closed")
 
@@ -664,7 +701,7 @@ async def open_executor(
                     executor.close()
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise RolloutCrashed(f"the rollout side died: {group.exceptions[0]!r}") from group
+            raise _crash(group) from group
         if left_with is not None:
             raise left_with
         executor.check_settled()
