@@ -22,6 +22,9 @@ class ResultPool:
         self._evaluation = DeliveryQueue[RolloutResult](PermitOrder(in_order=False))
         self._held: dict[str, bool] = {}  # task id of a result in one of the two -> is_eval
         self._claimed: dict[str, RolloutResult | None] = {}  # task id wait_for_task waits for
+        # is_eval -> groups under way that nobody has claimed; counted, because every settlement
+        # asks for it
+        self._under_way = {False: 0, True: 0}
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._held or task_id in self._claimed
@@ -34,11 +37,20 @@ class ResultPool:
         """Whether a result that is here is of evaluation; None if it is not here."""
         return self._held.get(task_id)
 
+    def coming(self, *, is_eval: bool) -> int:
+        """Results that ``wait`` can ever take as things are: those here, and those under way."""
+        return len(self.of(is_eval=is_eval)) + self._under_way[is_eval]
+
+    def expect(self, group: GroupTask) -> None:
+        """A group was submitted, and will be delivered."""
+        self._under_way[group.is_eval] += 1
+
     def deliver(self, group: GroupTask, result: RolloutResult) -> None:
         """A group settled: to its own waiter if it has one, else to the pool."""
         if result.task_id in self._claimed:
             self._claimed[result.task_id] = result
         else:
+            self._under_way[group.is_eval] -= 1
             self.put(result, is_eval=group.is_eval)
 
     def put(self, result: RolloutResult, *, is_eval: bool) -> None:
@@ -55,10 +67,6 @@ class ResultPool:
             del self._held[result.task_id]
         return taken
 
-    def is_claimed(self, task_id: str) -> bool:
-        """Whether somebody waits for this task by its id."""
-        return task_id in self._claimed
-
     def claim(self, task_id: str, live: GroupTask | None) -> bool:
         """Reserve one task's result for one waiter, and say whether it is of evaluation.
 
@@ -74,6 +82,8 @@ class ResultPool:
             raise UsageError(
                 f"task {task_id!r} is not there: never submitted, taken, or waited for already"
             )
+        if live:
+            self._under_way[is_eval] -= 1
         self._claimed[task_id] = None if live else self.of(is_eval=is_eval).pop_task(task_id)
         return is_eval
 
@@ -85,7 +95,11 @@ class ResultPool:
         return result
 
     def unclaim(self, task_id: str, *, is_eval: bool) -> None:
-        """End a claim whose waiter gave up; a result that came meanwhile is anybody's."""
-        result = self._claimed.pop(task_id, None)
-        if result is not None:
+        """End a claim. If its waiter gave up, the result, come or yet to come, is anybody's."""
+        if task_id not in self._claimed:
+            return
+        result = self._claimed.pop(task_id)
+        if result is None:
+            self._under_way[is_eval] += 1
+        else:
             self.put(result, is_eval=is_eval)
