@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable
 from math import inf
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
@@ -97,9 +98,14 @@ class DeliveryQueue(Generic[T]):
         taken, self._entries = self._entries[:count], self._entries[count:]
         return taken
 
-    def first(self) -> T:
-        """The lowest-numbered entry."""
-        return self._entries[0]
+    def take_where(self, which: Callable[[T], bool]) -> list[T]:
+        """Remove those entries, among the ones that may leave now, for which ``which`` holds."""
+        ready = self._entries[: self.ready]
+        taken = [entry for entry in ready if which(entry)]
+        if taken:
+            kept = [entry for entry in ready if not which(entry)]
+            self._entries[: len(ready)] = kept
+        return taken
 
     def pop_task(self, task_id: str) -> T:
         """Remove the entry of one task, wherever it is in the order."""
