@@ -69,8 +69,8 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (
-        "cli demo controller executor groups waiting engine weights servers leases transport reward "
-        "workflow observe embedded testing"  # the other rooms decide; they never wait
+        "cli demo controller executor groups waiting engine weights servers leases transport "
+        "reward workflow observe embedded testing"  # the other rooms decide; they never wait
     ),
     # Of the standard library: threads, processes and sockets have doors too.
     "asyncio": "",
