@@ -23,10 +23,17 @@ from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
 from .errors import DeadlineExceeded, RolloutClosed, RolloutCrashed, TooManyFailures, UsageError
-from .groups import AcceptFunction, GroupTask, Verdict, WorkflowLike, accepts
+from .groups import (
+    CANCELLED,
+    REJECTED,
+    AcceptFunction,
+    GroupTask,
+    Verdict,
+    WorkflowLike,
+    accepts,
+)
 from .loader import Prompt
 from .results import ResultPool
-from .rows import rows_from_result
 from .settlement import Failure, RolloutCounts, RolloutResult, classify
 from .staleness import StalenessManager
 from .trajectory import Batch, Group
@@ -98,6 +105,7 @@ class WorkflowExecutor:
         self._admission = Admission(config, self.staleness_manager, self._order)
         self._results = ResultPool(self._order)
         self._stream: BatchStream | None = None
+        self._untold: tuple[RolloutResult, ...] = ()  # failures after an epoch's last batch
         self._live: dict[str, GroupTask] = {}  # task id -> queued or running
         self._ids = itertools.count()
         self._waiting = WaitList()
@@ -355,6 +363,7 @@ class WorkflowExecutor:
         self._check_open()
         if self._stream is None:
             self._stream = BatchStream(dataloader, self._order)
+            self._stream.failures += self._untold
         self._stream.refuse(dataloader)
         return self._stream
 
@@ -387,7 +396,7 @@ class WorkflowExecutor:
             return self._release(stream, size)
         if stream.ended:
             if not stream.accepted:
-                self._stream = None
+                return self._end_stream(stream)
             return self._release(stream, stream.accepted.ready)
         self._admission.check_budget()
         return None
@@ -397,6 +406,11 @@ class WorkflowExecutor:
         limit = self.config.pending_limit
         wanted = limit - self._admission.queued
         return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
+
+    def _end_stream(self, stream: BatchStream) -> Batch:
+        """End an epoch with an empty batch. What failed since the last one is told in the next."""
+        self._stream, self._untold = None, stream.take_failures()
+        return Batch(groups=(), version=self.get_version())
 
     def _release(self, stream: BatchStream, count: int) -> Batch:
         stream.read_ahead = False
@@ -432,7 +446,7 @@ class WorkflowExecutor:
     def _pump(self) -> None:
         """Start every member that may start. The only place where a rollout begins."""
         while not self._closed and (member := self._admission.next_member()) is not None:
-            self._nursery.start_soon(self._run_member, *member, name=f"rollout {member[0]}")
+            self._nursery.start_soon(self._run_member, *member, name=member[0].task_id)
 
     def _changed(self) -> None:
         """Start what may start now, and wake who can go on."""
@@ -443,26 +457,19 @@ class WorkflowExecutor:
 
     async def _run_member(self, group: GroupTask, index: int) -> None:
         """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
-        verdict = Verdict(Outcome.CANCELLED)
+        verdict = CANCELLED
         scope = group.scopes[index]
-        scope.deadline = trio.current_time() + self.config.rollout_timeout_s
         try:
             with scope:
-                verdict = await self._episode(group, index)
+                engine = RolloutEngine(self.engine, group.permit.version if group.permit else 0)
+                result = await group.workflow.arun_episode(engine, group.data)
+                verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.cancelled:
                 verdict = self._expired(index)
         except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
             verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
         finally:
             self._member_ended(group, verdict)
-
-    async def _episode(self, group: GroupTask, index: int) -> Verdict:
-        version = group.permit.version if group.permit else 0
-        result = await group.workflow.arun_episode(RolloutEngine(self.engine, version), group.data)
-        if result is None:
-            return Verdict(Outcome.REJECTED)
-        group.rows[index] = rows_from_result(result)
-        return Verdict(Outcome.ACCEPTED)
 
     def _expired(self, index: int) -> Verdict:
         limit = self.config.rollout_timeout_s
@@ -512,7 +519,7 @@ class WorkflowExecutor:
         if group.task_id not in self._live:
             return
         self._admission.withdraw(group)
-        group.stop(Verdict(Outcome.CANCELLED))
+        group.stop(CANCELLED)
         if group.all_ended:  # else the last of its tasks settles it
             self._settle(group)
 
@@ -650,7 +657,7 @@ def _judge(group: GroupTask) -> tuple[Group | None, Verdict]:
             return accepted, group.verdict
     except Exception as exc:  # noqa: BLE001 - the filter is user code
         return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
-    return None, Verdict(Outcome.REJECTED)
+    return None, REJECTED
 
 
 def _crash(group: BaseExceptionGroup[BaseException]) -> BaseException:
