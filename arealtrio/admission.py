@@ -87,7 +87,7 @@ class Admission:
         group = self._starting or self._admit()
         if group is None:
             return None
-        index = group.start_member()
+        index = group.start_member(self._config.rollout_timeout_s)
         self._starting = group if group.to_start else None
         self.running_members += 1
         return group, index

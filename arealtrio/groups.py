@@ -12,6 +12,7 @@ import trio
 
 from .errors import UsageError, WorkflowError
 from .loader import Prompt
+from .rows import rows_from_result
 from .settlement import Failure, RolloutResult
 from .staleness import Permit
 from .trajectory import Group
@@ -32,6 +33,11 @@ class Verdict:
 
     outcome: Outcome
     failure: Failure | None = None
+
+
+ACCEPTED = Verdict(Outcome.ACCEPTED)
+REJECTED = Verdict(Outcome.REJECTED)
+CANCELLED = Verdict(Outcome.CANCELLED)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -63,7 +69,7 @@ class GroupTask:
     is_batched: bool = False
     permit: Permit | None = None
     number: int | None = None
-    verdict: Verdict = Verdict(Outcome.ACCEPTED)
+    verdict: Verdict = ACCEPTED
     cancelled: bool = False
     to_start: int = field(init=False)
     started: int = 0
@@ -92,13 +98,24 @@ class GroupTask:
         """Whether no member runs and none is to start."""
         return self.to_start == 0 and self.ended == self.started
 
-    def start_member(self) -> int:
-        """Count a member as started and return its index."""
+    def start_member(self, timeout_s: float) -> int:
+        """Count a member as started, set its deadline, and return its index."""
         index = self.started
         self.started += 1
         self.to_start -= 1
-        self.scopes.append(trio.CancelScope())
+        self.scopes.append(trio.CancelScope(deadline=trio.current_time() + timeout_s))
         return index
+
+    def take_result(self, index: int, result: object) -> Verdict:
+        """Keep what a member's workflow returned; None rejects.
+
+        Raises:
+            WorkflowError: If it is nothing that rows can be made of.
+        """
+        if result is None:
+            return REJECTED
+        self.rows[index] = rows_from_result(result)
+        return ACCEPTED
 
     def member_ended(self, verdict: Verdict) -> None:
         """Count a member as ended; the first that did not succeed ends the others."""

@@ -6,7 +6,7 @@ The rows themselves are built in ``rows``, and its names are public here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
@@ -89,7 +89,7 @@ class Group:
             UsageError: If no member has a row.
         """
         stamped = tuple(
-            tuple(replace(row, prompt_id=prompt_id, member_index=index) for row in rows)
+            tuple(row.of_member(prompt_id, index) for row in rows)
             for index, rows in enumerate(members)
         )
         return cls(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -255,6 +255,15 @@ class Trajectory:
         if not math.isfinite(self.reward):
             raise WorkflowError(f"a trajectory's reward must be a finite number, not {self.reward}")
 
+    def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
+        """Return the same row with its origin filled in. Its arrays are shared and checked."""
+        row = object.__new__(Trajectory)  # not replace(): that would check the arrays once more
+        for name in _TRAJECTORY_FIELDS:
+            object.__setattr__(row, name, getattr(self, name))
+        object.__setattr__(row, "prompt_id", prompt_id)
+        object.__setattr__(row, "member_index", member_index)
+        return row
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -269,6 +278,9 @@ class Trajectory:
         """The version of the newest generated token; None where nothing was generated."""
         made = self.versions[self.versions >= 0]
         return int(made.max()) if made.size else None
+
+
+_TRAJECTORY_FIELDS = tuple(f.name for f in fields(Trajectory))
 
 
 class Outcome(enum.Enum):
