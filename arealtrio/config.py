@@ -64,6 +64,19 @@ class RolloutConfig:
         update_timeout_s: One request that loads weights.
         abort_timeout_s: One request that aborts another; nothing waits longer for it.
         health_timeout_s: One health check. SGLang's takes a second when idle.
+        health_interval_s: Between two health checks of a serving server.
+        eject_after_failures: Requests and health checks in a row that eject a server. One that
+            refuses connections is ejected however many are left; on any other sign, never the last
+            half of the fleet.
+        probe_interval_s: Until an ejected or stale server is looked at; doubled each time.
+        probe_interval_max_s: Where the doubling ends.
+        no_server_grace_s: With no server in service for so long, requests that wait end with
+            NoServerAvailable. Choose it above the time a server takes to restart.
+        max_failovers: How often one generation may go on after a server failed it.
+        segment_tokens: Ask for at most so many tokens at a time, so that a server that dies costs
+            no more. Each segment costs one round trip, and prefill of what the prefix cache lost.
+            None asks for all at once. Not used where going on would not be exact; see
+            ``allow_inexact_resume``.
         setup_timeout_s: Until all servers answer at the start.
         close_timeout_s: For running rollouts to leave when the executor closes.
         response_size_bytes: Answers above this are refused.
@@ -94,6 +107,13 @@ class RolloutConfig:
     update_timeout_s: float = 600.0
     abort_timeout_s: float = 2.0
     health_timeout_s: float = 10.0
+    health_interval_s: float = 10.0
+    eject_after_failures: int = 3
+    probe_interval_s: float = 1.0
+    probe_interval_max_s: float = 60.0
+    no_server_grace_s: float = 300.0
+    max_failovers: int = 8
+    segment_tokens: int | None = None
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
     response_size_bytes: int = 256 * 2**20
@@ -109,7 +129,7 @@ class RolloutConfig:
         _one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
         self._check_counts()
         self._check_caps()
-        for name in (f.name for f in fields(self) if f.name.endswith("_timeout_s")):
+        for name in (f.name for f in fields(self) if f.name.endswith("_s")):
             _finite_positive(name, getattr(self, name))
 
     def _check_servers(self) -> None:
@@ -128,6 +148,9 @@ class RolloutConfig:
             ("max_interruptions", 0),
             ("response_size_bytes", 1024),
             ("min_updated", 1),
+            ("eject_after_failures", 1),
+            ("max_failovers", 0),
+            ("segment_tokens", 1),
         ):
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
@@ -177,7 +200,7 @@ class RolloutConfig:
         return TimeLimits.of(total_s, connect_s=self.connect_timeout_s)
 
 
-_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size"}
+_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size", "segment_tokens"}
 
 
 def normalise_address(server: str) -> str:

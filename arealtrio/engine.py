@@ -27,7 +27,8 @@ from .errors import (
     ServerError,
     TransportError,
 )
-from .servers import Lease, ServerPool, ServerStatistics
+from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerStatistics
+from .supervision import supervise
 from .transport import HttpTransport, Transport, ensure_descriptors
 from .types import (
     PROMPT_VERSION,
@@ -40,7 +41,9 @@ from .types import (
     Segment,
     StopReason,
 )
+from .waiting import background
 from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, VersionSpan
+from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
 
 Scalar = TypeVar("Scalar", np.int32, np.float32)
@@ -52,11 +55,17 @@ class RemoteEngine:
     Args:
         pool: The servers.
         config: Limits.
+
+    Attributes:
+        failovers: Times that a generation went on after its server failed.
+        tokens_kept: Tokens that those generations had, and did not have to make again.
     """
 
     def __init__(self, pool: ServerPool, config: RolloutConfig) -> None:
         self.pool = pool
         self.config = config
+        self.failovers = 0
+        self.tokens_kept = 0
 
     def get_version(self) -> int:
         """The weight version that every server in service has (AReaL's name)."""
@@ -76,6 +85,10 @@ class RemoteEngine:
     async def agenerate(self, request: ModelRequest, *, min_version: int = 0) -> ModelResponse:
         """Generate one answer.
 
+        A server that dies, resets, times out, answers 5xx or nonsense costs time only: the
+        generation goes on elsewhere with the tokens it has, at the head of the queue, up to
+        ``max_failovers`` times. With ``segment_tokens`` no more than that many are made again.
+
         Cancelling it, at any moment, gives the slot back, closes the connection, and asks the
         server that owns the request to abort it, for at most ``abort_timeout_s``.
 
@@ -89,7 +102,9 @@ class RemoteEngine:
 
         Raises:
             InvalidRequest: If no server should see this request; nothing was sent.
-            RolloutError: If a server or the way to it failed, or the request was refused.
+            RequestRejected: If a server refused the request (4xx); it is never sent again.
+            RolloutError: If ``max_failovers`` or ``max_interruptions`` is used up, or if going on
+                would not be exact.
         """
         generation = self._plan(request, min_version)
         started = trio.current_time()
@@ -138,14 +153,35 @@ class RemoteEngine:
     async def _run_segment(self, generation: _Generation) -> None:
         asked = trio.current_time()
         with await self.pool.lease(
-            min_version=generation.lowest_admissible_version, prefer=generation.server
+            exclude=generation.failed_on,
+            min_version=generation.lowest_admissible_version,
+            prefer=generation.server,
+            at_head=generation.under_way,
         ) as lease:
             generation.wait_s += trio.current_time() - asked
-            answer = await self._ask(lease, generation.next_segment(self.config.model, lease))
-            versions, exact = self._versions(lease, answer)
-        generation.take(lease.server.address, answer, versions, exact)
-        if not generation.finished:
-            self._check_may_resume(generation)
+            segment = generation.next_segment(self.config, lease)
+            try:
+                answer = await self._ask(lease, segment)
+                versions, exact = self._versions(lease, answer)
+                generation.take(lease.server.address, segment, answer, versions, exact)
+            except (TransportError, ServerError, ProtocolError) as exc:
+                self.pool.failed(lease.server, exc)
+                self._fail_over(generation, lease.server, exc)
+                return
+        self.pool.succeeded(lease.server)
+        if generation.stop_reason == "abort" and not generation.finished:
+            self._check_interruptions(generation)
+
+    def _fail_over(self, generation: _Generation, server: Server, error: RolloutError) -> None:
+        """Let the generation go on elsewhere with the tokens it has, or raise why it can not."""
+        generation.failovers += 1
+        generation.failed_on = frozenset({server.address})
+        if generation.failovers > self.config.max_failovers:
+            error.add_note(f"after {self.config.max_failovers} fail-overs (max_failovers)")
+            raise error
+        self._check_may_resume(generation, error)
+        self.failovers += 1
+        self.tokens_kept += generation.count
 
     async def _ask(self, lease: Lease, segment: SegmentRequest) -> SegmentResponse:
         server, dialect = lease.server, self.pool.dialect
@@ -195,6 +231,7 @@ class RemoteEngine:
             return np.full(count, lease.version, dtype=np.int32), exact
         versions = np.full(count, lease.version, dtype=np.int32)
         exact = True
+        self._check_belief(lease, answer.versions)
         for span in answer.versions:
             if span.version is None:
                 exact = False
@@ -202,6 +239,17 @@ class RemoteEngine:
             self._check_span(lease, span)
             versions[span.start : span.end] = span.version
         return versions, exact
+
+    def _check_belief(self, lease: Lease, spans: Sequence[VersionSpan]) -> None:
+        """Take a server out whose last tokens are of other weights than the pool believes it has.
+
+        It restarted, or somebody else updates it. An update that lands while the answer is on its
+        way moves the belief from the lease's version to the server's.
+        """
+        believed = range(lease.version, max(lease.version, lease.server.version) + 1)
+        if spans and spans[-1].version not in believed and lease.server.state in IN_SERVICE:
+            words = f"it reports version {spans[-1].version}, not {lease.server.version}"
+            self.pool.mark_stale(lease.server, words)
 
     def _check_span(self, lease: Lease, span: VersionSpan) -> None:
         version = span.version or 0
@@ -212,23 +260,26 @@ class RemoteEngine:
                 "update it?"
             )
 
-    def _check_may_resume(self, generation: _Generation) -> None:
+    def _check_interruptions(self, generation: _Generation) -> None:
         generation.interruptions += 1
         if generation.interruptions > self.config.max_interruptions:
             raise RolloutError(
                 f"the generation was aborted {generation.interruptions} times by its servers; "
                 f"max_interruptions is {self.config.max_interruptions}"
             )
-        kept = _state_kept_by_server(generation.request.gconfig)
-        if kept and not self.config.allow_inexact_resume:
+        self._check_may_resume(generation, None)
+
+    def _check_may_resume(self, generation: _Generation, cause: RolloutError | None) -> None:
+        kept = state_kept_by_server(generation.request.gconfig)
+        if generation.count and kept and not self.config.allow_inexact_resume:
             raise RolloutError(
                 f"the generation was interrupted and uses {kept}, which a server keeps per "
                 "request: going on elsewhere would not give what an undisturbed server gives. "
                 "Pause with mode='keep', or set allow_inexact_resume=True"
-            )
+            ) from cause
 
 
-def _state_kept_by_server(gconfig: GenerationHyperparameters) -> str:
+def state_kept_by_server(gconfig: GenerationHyperparameters) -> str:
     """The options whose effect depends on more than prompt + tokens so far; empty if none.
 
     ``repetition_penalty`` is not among them: it looks at prompt and output alike, so it sees the
@@ -253,7 +304,10 @@ class _Generation:
     server: str | None = None
     wait_s: float = 0.0
     interruptions: int = 0
+    failovers: int = 0
+    failed_on: frozenset[str] = frozenset()  # the server that failed last
     stop_reason: StopReason = "abort"
+    ended: bool = False
     exact: bool = True
     tokens: list[Int32Array] = field(default_factory=list)
     logprobs: list[Float32Array] = field(default_factory=list)
@@ -264,7 +318,12 @@ class _Generation:
 
     @property
     def finished(self) -> bool:
-        return self.stop_reason != "abort" or self.count >= self.budget
+        return self.ended or self.count >= self.budget
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it ran before: then it waits for nobody that has not."""
+        return bool(self.count or self.failovers or self.interruptions)
 
     @property
     def lowest_admissible_version(self) -> int:
@@ -272,7 +331,7 @@ class _Generation:
         last = int(self.versions[-1][-1]) if self.count else PROMPT_VERSION
         return max(self.min_version, last)
 
-    def next_segment(self, model: str | None, lease: Lease) -> SegmentRequest:
+    def next_segment(self, config: RolloutConfig, lease: Lease) -> SegmentRequest:
         gconfig = self.request.gconfig
         number = next(self._numbers)
         tokens = self.request.input_ids
@@ -281,26 +340,42 @@ class _Generation:
         return SegmentRequest(
             request_id=f"{self.rid}-{number}",
             token_ids=tokens,
-            max_new_tokens=self.budget - self.count,
+            max_new_tokens=min(self.budget - self.count, self._segment_limit(config)),
             min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),
             gconfig=gconfig,
-            model=gconfig.lora_name or model or lease.server.info.model or "",
+            model=gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
         )
 
-    def take(self, server: str, answer: SegmentResponse, versions: Int32Array, exact: bool) -> None:
+    def _segment_limit(self, config: RolloutConfig) -> int:
+        """``segment_tokens``, where a joint between segments changes nothing."""
+        stateful = bool(state_kept_by_server(self.request.gconfig))
+        if config.segment_tokens is None or (stateful and not config.allow_inexact_resume):
+            return self.budget
+        return config.segment_tokens
+
+    def take(
+        self,
+        server: str,
+        segment: SegmentRequest,
+        answer: SegmentResponse,
+        versions: Int32Array,
+        exact: bool,
+    ) -> None:
         """Append an answer; raise, changing nothing, where it breaks invariant I8."""
-        count = len(answer.token_ids)
-        if len(answer.logprobs) != count or count > self.budget - self.count:
+        count, asked = len(answer.token_ids), segment.max_new_tokens
+        if len(answer.logprobs) != count or count > asked:
             raise ProtocolError(
                 f"{server} answered {count} tokens and {len(answer.logprobs)} logprobs "
-                f"where at most {self.budget - self.count} were asked for"
+                f"where at most {asked} were asked for"
             )
         floor = self.lowest_admissible_version if self.count else PROMPT_VERSION
         if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
             raise ProtocolError(f"{server} reports weight versions that go back")
         self.stop_reason = answer.stop_reason
         self.server = server
+        self.failed_on = frozenset()
+        self.failed_on = frozenset()
         if count:
             self.tokens.append(answer.token_ids)
             self.logprobs.append(answer.logprobs)
@@ -308,6 +383,8 @@ class _Generation:
             self.segments.append(Segment(server, self.count, self.count + count))
             self.exact = self.exact and exact
         self.count += count
+        cut_by_us = answer.stop_reason == "length" and count == asked
+        self.ended = answer.stop_reason != "abort" and not (cut_by_us and self.count < self.budget)
 
     def response(self, latency_s: float) -> ModelResponse:
         return ModelResponse(
@@ -345,6 +422,8 @@ def make_dialect(backend: str) -> Dialect:
     """
     if backend == "vllm":
         return VllmDialect()
+    if backend == "sglang":
+        return SglangDialect()
     raise ConfigError(f"backend must be one of vllm, sglang, not {backend!r}")
 
 
@@ -372,7 +451,8 @@ async def open_engine(
         pool = ServerPool(config, dialect or make_dialect(config.backend), transport)
         with pool.open():
             await pool.join()
-            yield RemoteEngine(pool, config)
+            async with background(supervise, pool):
+                yield RemoteEngine(pool, config)
     finally:
         if own:
             with trio.CancelScope(shield=True):

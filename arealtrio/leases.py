@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import outcome
 import trio
@@ -21,7 +20,7 @@ from .scheduling import SchedulePolicy, Slot
 
 
 class HeldSlot:
-    """A slot on a server. Leaving the ``with`` block gives it back, synchronously, once.
+    """A slot on a server, until it is given back: synchronously, once.
 
     Args:
         queue: Where it came from.
@@ -35,6 +34,11 @@ class HeldSlot:
         self._slot: Slot | None = slot
         self.address = slot.server
 
+    @property
+    def released(self) -> bool:
+        """Whether it was given back."""
+        return self._slot is None
+
     def release(self) -> None:
         """Give the slot back.
 
@@ -45,18 +49,6 @@ class HeldSlot:
         if slot is None:
             raise UsageError("this lease was released before")
         self._queue.release(slot)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._slot is not None:
-            self.release()
 
 
 Barred: TypeAlias = Callable[[frozenset[str], int], frozenset[str]]

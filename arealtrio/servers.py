@@ -1,7 +1,8 @@
-"""ServerPool: the inference servers, who may take a request now, and one queue for those that wait.
+"""ServerPool: the inference servers of a run, and which of them may take a request now.
 
 What a server *is* lives here: its address, dialect, cap, weight version, and whether it is in
-service. How its slots are handed out is in ``leases``, which of several is taken in ``scheduling``.
+service. How its slots are handed out is in ``leases``, which of several is taken in ``scheduling``,
+how it is looked after in ``supervision``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Self
 
 import trio
 
-from .config import RolloutConfig
+from .config import RolloutConfig, normalise_address
 from .errors import (
     ConfigError,
     NoServerAvailable,
     RequestRejected,
     RolloutError,
     TransportError,
+    UsageError,
 )
 from .leases import HeldSlot, LeaseQueue
 from .scheduling import DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
@@ -38,7 +40,14 @@ class ServerState(enum.Enum):
     JOINING = "joining"  # not yet heard from
     READY = "ready"
     PAUSED = "paused"  # told to stop generating; resumes at the end of the pause scope
-    STALE = "stale"  # missed a weight update: no traffic until it has the current weights
+    DRAINING = "draining"  # to be removed; finishes what it has
+    EJECTED = "ejected"  # failed repeatedly; probed until it is well
+    STALE = "stale"  # has not the current weights; gets no traffic until it has
+    GONE = "gone"  # removed
+
+
+IN_SERVICE = (ServerState.READY, ServerState.PAUSED)  # takes requests now, or in a moment
+OUT_OF_ORDER = (ServerState.JOINING, ServerState.EJECTED, ServerState.STALE)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,18 +57,28 @@ class Server:
     Args:
         address: Its base URL, and its name everywhere.
         info: What it said about itself.
-        cap: Requests in flight at most, while it is in service.
+        cap: Requests in flight at most, while it is in service; 0 before it is known.
         version: The weights it was last told to serve, and confirmed.
         state: Whether it takes requests.
+        reason: Why it is out of order, in words.
         requests: Generation requests sent to it since the pool opened.
+        failures: Requests and health checks that failed since the last that did not.
+        frozen: It was paused and not resumed: a server whose update failed must not generate.
+        trial_cap: Requests it may have while it proves itself after a failure; None: its cap.
     """
 
     address: str
     info: ServerInfo = field(default_factory=ServerInfo)
-    cap: int = DEFAULT_MAX_CONCURRENT_PER_SERVER
+    cap: int = 0
     version: int = 0
     state: ServerState = ServerState.JOINING
+    reason: str = ""
     requests: int = 0
+    failures: int = 0
+    frozen: bool = False
+    trial_cap: int | None = None
+    changed: trio.Event = field(default_factory=trio.Event)
+    control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +91,27 @@ class ServerStatistics:
     cap: int
     outstanding: int
     requests: int
+    reason: str = ""
 
 
 class Lease:
     """A held slot on a server. Leaving the ``with`` block gives it back, synchronously, once.
 
     Args:
-        server: Whose slot it is.
+        pool: Whose server it is.
+        server: The server.
         slot: The slot.
 
     Attributes:
         version: The server's weight version when the lease was granted.
     """
 
-    __slots__ = ("_slot", "server", "version")
+    __slots__ = ("_pool", "_slot", "server", "version")
 
-    def __init__(self, server: Server, slot: HeldSlot) -> None:
+    def __init__(self, pool: ServerPool, server: Server, slot: HeldSlot) -> None:
         self.server = server
         self.version = server.version
+        self._pool = pool
         self._slot = slot
 
     def release(self) -> None:
@@ -99,9 +121,9 @@ class Lease:
             UsageError: If it was given back before; nothing is changed.
         """
         self._slot.release()
+        self._pool.drained(self.server)
 
     def __enter__(self) -> Self:
-        self._slot.__enter__()
         return self
 
     def __exit__(
@@ -110,7 +132,8 @@ class Lease:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._slot.__exit__(exc_type, exc, traceback)
+        if not self._slot.released:
+            self.release()
 
 
 class ServerPool:
@@ -123,6 +146,10 @@ class ServerPool:
         dialect: How the servers speak.
         transport: How bytes get there. The pool does not close it.
         policy: Which server is next; None makes the one that ``config`` names.
+
+    Attributes:
+        version: The weight version that every server in service has, or is beyond.
+        recipe: The requests that bring a server to ``version``; None where nobody can repeat them.
     """
 
     def __init__(
@@ -137,6 +164,8 @@ class ServerPool:
         self.config = config
         self.dialect = dialect
         self.version = 0
+        self.recipe: Sequence[HttpRequest] | None = ()  # version 0 is what a server starts with
+        self.service_changed = trio.Event()
         self._transport = transport
         self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
@@ -148,7 +177,7 @@ class ServerPool:
 
     @property
     def servers(self) -> tuple[Server, ...]:
-        """All servers, in the order of the configuration."""
+        """All servers, in the order they came."""
         return tuple(self._servers.values())
 
     @property
@@ -157,9 +186,18 @@ class ServerPool:
         return len(self._leases)
 
     @property
+    def in_service(self) -> tuple[Server, ...]:
+        """Servers that take requests, or will at the end of a pause."""
+        return tuple(s for s in self._servers.values() if s.state in IN_SERVICE)
+
+    @property
     def newest_told(self) -> int:
         """The newest version any server was told to load: no token can be newer."""
         return self._newest_told
+
+    def outstanding(self, server: Server) -> int:
+        """Requests in flight on a server."""
+        return self._policy.outstanding(server.address)
 
     def statistics(self) -> tuple[ServerStatistics, ...]:
         """A snapshot of every server."""
@@ -169,16 +207,20 @@ class ServerPool:
                 state=server.state.value,
                 version=server.version,
                 cap=server.cap,
-                outstanding=self._policy.outstanding(server.address),
+                outstanding=self.outstanding(server) if self._is_known(server) else 0,
                 requests=server.requests,
+                reason=server.reason,
             )
             for server in self.servers
         )
 
     def smallest(self, attribute: str) -> int | None:
         """The least of a limit that servers report (``max_model_len``, ``vocab_size``), if any."""
-        values = [getattr(server.info, attribute) for server in self.servers]
+        values = [getattr(server.info, attribute) for server in self._servers.values()]
         return min((value for value in values if value is not None), default=None)
+
+    def _is_known(self, server: Server) -> bool:
+        return server.address in self._policy.servers()
 
     def __repr__(self) -> str:
         rows = ", ".join(
@@ -194,6 +236,7 @@ class ServerPool:
         exclude: frozenset[str] = frozenset(),
         min_version: int = 0,
         prefer: str | None = None,
+        at_head: bool = False,
     ) -> Lease:
         """Take a slot on the best server, waiting in the queue while none is free.
 
@@ -201,40 +244,155 @@ class ServerPool:
         the slot was already handed over, is returned here, and released by the caller's ``with``.
 
         Args:
-            exclude: Addresses not to use (a server that just failed this request).
+            exclude: Addresses to avoid (a server that just failed this request), as long as any
+                other is in service.
             min_version: Only servers whose weights are at least this new.
             prefer: The server that holds the session's prefix; used if it has a free slot.
+            at_head: Wait before all others: a generation that was interrupted goes on first.
 
         Raises:
             RolloutClosed: If the pool was closed, before or during the wait.
-            NoServerAvailable: If no server of the pool could ever be eligible.
+            NoServerAvailable: If no server has been in service for ``no_server_grace_s``.
         """
-        if exclude.issuperset(self._servers):
-            raise NoServerAvailable("every server of the pool is excluded for this request")
-        slot = await self._leases.acquire(exclude, min_version, prefer)
-        return Lease(self._servers[slot.address], slot)
+        slot = await self._leases.acquire(exclude, min_version, prefer, at_head=at_head)
+        return Lease(self, self._servers[slot.address], slot)
 
     def _barred(self, exclude: frozenset[str], min_version: int) -> frozenset[str]:
-        """What a request can not use: servers it excludes, and those older than it needs."""
+        """What a request can not use: servers older than it needs, and those that failed it.
+
+        The latter only while there is another: alone, a server that failed is better than none.
+        """
+        if exclude and exclude.issuperset(s.address for s in self.in_service):
+            exclude = frozenset()
         if min_version <= self.version:  # what is in service is at least that new
             return exclude
         return exclude | {s.address for s in self.servers if s.version < min_version}
 
+    def fail_waiters(self, message: str) -> None:
+        """Wake every request in the queue with NoServerAvailable."""
+        self._leases.fail_all(lambda: NoServerAvailable(message))
+
+    # --- membership --------------------------------------------------------------------------
+
+    def add(self, address: str, cap: int | None = None) -> Server:
+        """Add a server; it takes requests once it is healthy and has the current weights.
+
+        Args:
+            address: Its base URL.
+            cap: Requests in flight at most; None asks the server.
+
+        Raises:
+            UsageError: If it is there already.
+            ConfigError: If the address is none.
+        """
+        address = normalise_address(address)
+        if address in self._servers:
+            raise UsageError(f"{address} is in the pool, {self._servers[address].state.value}")
+        server = Server(address)
+        server.cap = cap or 0
+        self._servers[address] = server
+        self.set_state(server, ServerState.JOINING, "added")
+        return server
+
+    def remove(self, address: str) -> None:
+        """Take a server out: it gets no further request, finishes what it has, and is gone.
+
+        Raises:
+            UsageError: If it is not there.
+        """
+        server = self.named(address)
+        self.set_state(server, ServerState.DRAINING, "removed")
+        self.drained(server)
+
+    def drained(self, server: Server) -> None:
+        """Forget a server that was to be removed, once nothing is in flight on it."""
+        if server.state is not ServerState.DRAINING:
+            return
+        if self._is_known(server):
+            if self.outstanding(server):
+                return
+            self._policy.remove(server.address)
+        del self._servers[server.address]
+        self.set_state(server, ServerState.GONE, server.reason)
+
+    def set_cap(self, address: str, cap: int) -> None:
+        """Change how many requests a server may have; 0 drains it without removing it.
+
+        Raises:
+            UsageError: If it is not there, or the cap is negative.
+        """
+        server = self.named(address)
+        if cap < 0:
+            raise UsageError(f"a cap is at least 0, not {cap}")
+        server.cap = cap
+        server.trial_cap = None
+        self.set_state(server, server.state, server.reason)
+
+    def named(self, address: str) -> Server:
+        """The server of an address.
+
+        Raises:
+            UsageError: If there is none.
+        """
+        server = self._servers.get(normalise_address(address))
+        if server is None:
+            raise UsageError(f"{address} is not in the pool: {', '.join(self._servers)}")
+        return server
+
     # --- service -----------------------------------------------------------------------------
 
-    def put_in_service(self, server: Server, state: ServerState = ServerState.READY) -> None:
-        """Set a server's state; only READY takes requests. Wakes whoever can use it now."""
-        server.state = state
-        self._policy.set_cap(server.address, server.cap if state is ServerState.READY else 0)
+    def set_state(self, server: Server, state: ServerState, reason: str = "") -> None:
+        """Set a server's state; only READY takes requests. Wakes whoever it concerns."""
+        server.state, server.reason = state, reason
+        if state is not ServerState.GONE:
+            allowed = server.cap if server.trial_cap is None else server.trial_cap
+            self._policy.set_cap(server.address, allowed if state is ServerState.READY else 0)
         self._leases.hand_over()
+        for event in (server.changed, self.service_changed):
+            event.set()
+        server.changed, self.service_changed = trio.Event(), trio.Event()
+
+    def succeeded(self, server: Server) -> None:
+        """A request to a server went well; one on trial may have twice as many (slow start)."""
+        server.failures = 0
+        if server.trial_cap is not None:
+            doubled = server.trial_cap * 2
+            server.trial_cap = doubled if doubled < server.cap else None
+            self.set_state(server, server.state, server.reason)
+
+    def failed(self, server: Server, error: RolloutError) -> None:
+        """A request to a server, or a health check, failed; too many in a row eject it."""
+        server.failures += 1
+        if server.state is not ServerState.READY:
+            return
+        if server.trial_cap is None and server.failures < self.config.eject_after_failures:
+            return
+        if isinstance(error, TransportError) and not error.request_sent:
+            self._eject(server, error)  # nobody is there: no signal that could be wrong
+        elif self._may_eject_another():
+            self._eject(server, error)
+
+    def _may_eject_another(self) -> bool:
+        """Never the last half of the fleet on a signal that can be wrong for all at once."""
+        out = sum(s.state is ServerState.EJECTED for s in self._servers.values())
+        return 2 * (out + 1) <= len(self._servers)
+
+    def _eject(self, server: Server, error: RolloutError) -> None:
+        server.trial_cap = 1  # for when it returns
+        self.set_state(server, ServerState.EJECTED, f"{type(error).__name__}: {error}")
+
+    def mark_stale(self, server: Server, reason: str) -> None:
+        """Take a server out of service until it has the current weights."""
+        if server.state not in (ServerState.DRAINING, ServerState.GONE):
+            self.set_state(server, ServerState.STALE, reason)
 
     def told(self, version: int) -> None:
         """Record that some server is about to be told to load ``version``."""
         self._newest_told = max(self._newest_told, version)
 
-    def advance(self, version: int) -> None:
+    def advance(self, version: int, recipe: Sequence[HttpRequest] | None) -> None:
         """Make ``version`` the version of the pool, in either direction (recovery goes back)."""
-        self.version = version
+        self.version, self.recipe = version, recipe
         self.told(version)
         self._leases.hand_over()
 
@@ -274,13 +432,18 @@ class ServerPool:
         limits = self.config.control_limits(self.config.health_timeout_s)
         return self.dialect.parse_load(await self.send(server, self.dialect.load(), limits))
 
+    async def check_health(self, server: Server) -> None:
+        """Ask a server whether it is alive; raise if it is not."""
+        limits = self.config.control_limits(self.config.health_timeout_s)
+        self.dialect.parse_health(await self.send(server, self.dialect.health(), limits))
+
     async def health(self) -> dict[str, str | None]:
         """Ask every server at once whether it is alive: address to None, or to what is wrong."""
         found: dict[str, str | None] = {}
 
         async def ask(server: Server) -> None:
             try:
-                await self._check_health(server)
+                await self.check_health(server)
                 found[server.address] = None
             except RolloutError as exc:
                 found[server.address] = str(exc)
@@ -290,9 +453,30 @@ class ServerPool:
                 nursery.start_soon(ask, server)
         return found
 
-    async def _check_health(self, server: Server) -> None:
-        limits = self.config.control_limits(self.config.health_timeout_s)
-        self.dialect.parse_health(await self.send(server, self.dialect.health(), limits))
+    async def learn(self, server: Server) -> None:
+        """Ask a server what it is."""
+        limits = self.config.control_limits(self.config.control_timeout_s)
+        answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
+        server.info = self.dialect.parse_discover(answers)
+        if server.state is ServerState.JOINING and not server.cap:
+            server.cap = self._initial_cap(server)
+
+    def _initial_cap(self, server: Server) -> int:
+        configured = self.config.cap_of(server.address)
+        return configured or server.info.max_concurrency or DEFAULT_MAX_CONCURRENT_PER_SERVER
+
+    async def label(self, server: Server, version: int) -> None:
+        """Set the label of the weights a server has. One without such a route keeps its word.
+
+        Without it the first tokens would carry the server's own word ("default"), and their
+        version would be a belief.
+        """
+        try:
+            request = self.dialect.label_weights(version)
+            await self.control(server, request, self.config.control_timeout_s)
+        except RequestRejected as exc:
+            if exc.status not in (404, 405):
+                raise
 
     # --- joining -----------------------------------------------------------------------------
 
@@ -310,8 +494,7 @@ class ServerPool:
                     nursery.start_soon(self._join_one, server, last_words, nursery.cancel_scope)
         missing = [s.address for s in self.servers if s.state is ServerState.JOINING]
         if missing:
-            words = "; ".join(f"{address}: {last_words.get(address, 'no answer')}"
-                              for address in missing)  # fmt: skip
+            words = "; ".join(f"{name}: {last_words.get(name, 'no answer')}" for name in missing)
             limit = f" within setup_timeout_s={self.config.setup_timeout_s:g}"
             raise NoServerAvailable(f"not ready{limit if scope.cancelled_caught else ''}: {words}")
 
@@ -320,8 +503,11 @@ class ServerPool:
     ) -> None:
         while True:  # a server is outside: it is asked at a named interval until it is up
             try:
-                await self._check_health(server)
-                await self._learn(server)
+                await self.check_health(server)
+                await self.learn(server)
+                server.version = self.version
+                if server.info.weight_version != self.version:
+                    await self.label(server, self.version)
                 break
             except RolloutError as exc:
                 last_words[server.address] = str(exc)
@@ -329,66 +515,65 @@ class ServerPool:
                     last_words[server.address] = f"not usable: {exc}"
                     all_of_them.cancel()
             await trio.sleep(SETUP_INTERVAL_S)
-        self.put_in_service(server)
+        self.set_state(server, ServerState.READY)
 
-    async def _learn(self, server: Server) -> None:
-        limits = self.config.control_limits(self.config.control_timeout_s)
-        answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
-        server.info = self.dialect.parse_discover(answers)
-        configured = self.config.cap_of(server.address)
-        server.cap = configured or server.info.max_concurrency or DEFAULT_MAX_CONCURRENT_PER_SERVER
-        server.version = self.version
-        if server.info.weight_version != self.version:
-            # Without it the first tokens would carry the server's own word ("default"), and their
-            # version would be a belief.
-            await self.label(server, self.version)
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every server is in service.
 
-    async def label(self, server: Server, version: int) -> None:
-        """Set the label of the weights a server has. One without such a route keeps its word."""
-        try:
-            request = self.dialect.label_weights(version)
-            await self.control(server, request, self.config.control_timeout_s)
-        except RequestRejected as exc:
-            if exc.status not in (404, 405):
-                raise
+        Raises:
+            NoServerAvailable: If one is not within ``timeout_s``; each is named, with the reason.
+        """
+        with trio.move_on_after(timeout_s):
+            while any(s.state is not ServerState.READY for s in self.servers):
+                await self.service_changed.wait()
+            return
+        missing = [s for s in self.servers if s.state is not ServerState.READY]
+        words = "; ".join(f"{s.address} is {s.state.value} ({s.reason})" for s in missing)
+        raise NoServerAvailable(f"not ready within {timeout_s:g} s: {words}")
 
     # --- pausing -----------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def paused(self, mode: PauseMode = "keep") -> AsyncIterator[dict[str, str]]:
-        """Stop generation on every server in service, for the length of the block.
+    async def paused(
+        self, mode: PauseMode = "keep", servers: Sequence[Server] | None = None
+    ) -> AsyncIterator[dict[str, str]]:
+        """Stop generation on servers, for the length of the block.
 
-        Every server that was asked is always resumed, also when the block raises or is cancelled,
-        within ``control_timeout_s``; one that can not be resumed becomes stale. Nothing new is
-        sent to a server from before it is paused until after it is resumed.
+        Every server that was asked is resumed, also when the block raises or is cancelled, within
+        ``control_timeout_s``; one that can not be resumed becomes stale. Only a server marked
+        ``frozen`` meanwhile stays as it is: its weights are not to be used. Nothing new is sent to
+        a server from before it is paused until after it is resumed.
 
         Args:
             mode: ``keep`` freezes requests and lets them go on (with the new weights, if they
                 changed); ``abort`` returns them with what they have; ``wait`` lets them finish.
+            servers: Which; None: all that are in service or stale.
 
         Yields:
             The servers that could not be paused: address to what went wrong.
         """
-        servers = [s for s in self.servers if s.state in (ServerState.READY, ServerState.STALE)]
+        able = (ServerState.READY, ServerState.STALE)
+        chosen = [s for s in (servers or self.servers) if s.state in able]
         failed: dict[str, str] = {}
         try:
-            for server in servers:
+            for server in chosen:
                 if server.state is ServerState.READY:
-                    self.put_in_service(server, ServerState.PAUSED)
-            await self._each(servers, self.dialect.pause(mode), failed)
+                    self.set_state(server, ServerState.PAUSED)
+            await self._each(chosen, self.dialect.pause(mode), failed)
             yield failed
         finally:
             with trio.CancelScope(shield=True):  # each request is bounded by control_timeout_s
-                await self._resume(servers)
+                await self._resume([s for s in chosen if not s.frozen])
 
     async def _resume(self, servers: Sequence[Server]) -> None:
         failed: dict[str, str] = {}
         await self._each(servers, self.dialect.resume(), failed)
         for server in servers:
             if server.address in failed:
-                server.state = ServerState.STALE  # it may well be frozen still
+                server.frozen = True
+                self.mark_stale(server, f"not resumed: {failed[server.address]}")
             elif server.state is ServerState.PAUSED:
-                self.put_in_service(server)
+                self.set_state(server, ServerState.READY)
 
     async def _each(
         self, servers: Sequence[Server], request: HttpRequest, failed: dict[str, str]
@@ -404,6 +589,18 @@ class ServerPool:
         async with trio.open_nursery() as nursery:
             for server in servers:
                 nursery.start_soon(one, server)
+
+    async def freeze(self, server: Server, reason: str) -> None:
+        """Take a server whose weights are not to be used out, and give back what it was doing.
+
+        A vLLM whose update failed answers the next generation with 500 and exits, so it must not
+        generate once more: its requests are returned with the tokens they have, and it stays
+        paused until a load succeeds. Bounded by ``abort_timeout_s``; never raises for the server.
+        """
+        server.frozen = True
+        self.mark_stale(server, reason)
+        with trio.move_on_after(self.config.abort_timeout_s):
+            await self._each([server], self.dialect.pause("abort"), {})
 
 
 def _may_still_start(error: RolloutError) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import outcome
 import trio
+
+from .errors import RolloutCrashed
 
 T = TypeVar("T")
 
@@ -66,6 +68,40 @@ class WaitList:
         while self._waiters:
             task, _ = self._waiters.popitem()
             trio.lowlevel.reschedule(task, outcome.Error(error()))
+
+
+@asynccontextmanager
+async def background(
+    function: Callable[..., Awaitable[object]], *args: object
+) -> AsyncIterator[trio.Nursery]:
+    """Run ``function(*args)`` beside the block, and end it with the block.
+
+    An exception of the block leaves as itself; out of a nursery it would come wrapped in a group.
+
+    Args:
+        function: Runs until cancelled; if it raises, that is a bug of ours.
+        args: For it.
+
+    Yields:
+        The nursery it runs in, for more of its kind.
+
+    Raises:
+        RolloutCrashed: If what runs beside the block broke; the cause is attached.
+    """
+    left_with: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(function, *args)
+            try:
+                yield nursery
+            except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
+                left_with = exc
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise RolloutCrashed(f"the rollout side died: {group.exceptions[0]!r}") from group
+    if left_with is not None:
+        raise left_with
 
 
 @contextmanager

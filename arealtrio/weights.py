@@ -16,7 +16,7 @@ import trio
 
 from .errors import RolloutError, UsageError, WeightUpdateError
 from .servers import Server, ServerPool, ServerState
-from .types import PauseMode
+from .types import HttpRequest, PauseMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +30,24 @@ class WeightUpdate:
         pause: How requests in flight are held meanwhile: ``keep`` freezes them and lets them go
             on with the new weights, ``abort`` returns them and the engine sends them again,
             ``wait`` lets them finish first.
+        rolling: One server after the other, so that the rest keep generating; tokens of both
+            versions are made meanwhile. False: all at once, which takes less time in all.
     """
 
     kind: Literal["disk", "label"]
     version: int
     path: str = ""
     pause: PauseMode = "keep"
+    rolling: bool = False
 
     @classmethod
     def from_disk(
-        cls, path: str | os.PathLike[str], version: int, *, pause: PauseMode = "keep"
+        cls,
+        path: str | os.PathLike[str],
+        version: int,
+        *,
+        pause: PauseMode = "keep",
+        rolling: bool = False,
     ) -> Self:
         """Weights in a directory that every server can read.
 
@@ -47,13 +55,20 @@ class WeightUpdate:
             path: The checkpoint's directory, as the servers see it.
             version: The version after the update.
             pause: How requests in flight are held; see the class.
+            rolling: One server after the other; see the class.
 
         Raises:
             UsageError: For a negative version or an empty path.
         """
         if not os.fspath(path):
             raise UsageError("a weight update from disk needs a path")
-        return cls(kind="disk", path=os.fspath(path), version=_version(version), pause=pause)
+        return cls(
+            kind="disk",
+            path=os.fspath(path),
+            version=_version(version),
+            pause=pause,
+            rolling=rolling,
+        )
 
     @classmethod
     def label(cls, version: int) -> Self:
@@ -94,80 +109,106 @@ class WeightUpdateResult:
 async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
     """Bring every server of the pool to ``update``, then advance the pool's version.
 
-    Servers that are out of service for an update missed earlier are updated too, and return.
-    Cancellation resumes every server; those that did not confirm the weights are out of service.
+    Servers that are out of service for an update missed earlier are updated too, and return. One
+    that fails is taken out before it is asked to generate again, its requests go on elsewhere with
+    the tokens they have, and it is tried again until it has the weights.
+
+    Cancelled, it resumes every server but those that had not confirmed the weights: they are out of
+    service, and their requests go on elsewhere.
 
     Raises:
         WeightUpdateError: If fewer than ``min_updated`` servers took the weights. The version
             stays; the servers that failed are named and out of service.
     """
     started = trio.current_time()
-    servers = [s for s in pool.servers if s.state is not ServerState.JOINING]
+    servers = [s for s in pool.servers if s.state in _TAKE_UPDATES]
     failed: dict[str, str] = {}
-    if update.kind == "label":
-        await _load_everywhere(pool, servers, update, failed)
-    else:
-        async with pool.paused(update.pause) as not_paused:
-            failed.update(not_paused)
-            await _load_everywhere(pool, servers, update, failed)
+    pool.told(update.version)
+    for batch in [[server] for server in servers] if update.rolling else [servers]:
+        await _update(pool, batch, update, failed)
     result = WeightUpdateResult(
         version=update.version,
         updated=tuple(s.address for s in servers if s.address not in failed),
         failed=failed,
         seconds=trio.current_time() - started,
     )
-    _advance(pool, result)
+    _advance(pool, update, result)
     return result
 
 
-def _advance(pool: ServerPool, result: WeightUpdateResult) -> None:
+_TAKE_UPDATES = (ServerState.READY, ServerState.PAUSED, ServerState.STALE)
+
+
+def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult) -> None:
     needed = min(pool.config.min_updated, len(pool.servers))
     if len(result.updated) < needed:
         words = "; ".join(f"{address}: {error}" for address, error in result.failed.items())
         raise WeightUpdateError(
             f"version {result.version} reached {len(result.updated)} of the {needed} servers "
-            f"that min_updated asks for ({words}); the version stays {pool.version}. "
-            "Mend the servers and update again",
+            f"that min_updated asks for ({words or 'no server is in service'}); the version stays "
+            f"{pool.version}. Mend the servers and update again",
             dict(result.failed),
         )
-    pool.advance(result.version)
+    pool.advance(update.version, _recipe(pool, update))
+    for server in pool.servers:  # joined or returned while the update was under way
+        if server.state is ServerState.READY and server.version < update.version:
+            pool.mark_stale(server, f"missed the update to version {update.version}")
+
+
+def _recipe(pool: ServerPool, update: WeightUpdate) -> Sequence[HttpRequest] | None:
+    """What a server that comes later has to be sent; None where only the trainer can do it."""
+    if update.kind == "label":
+        return None
+    return tuple(pool.dialect.load_weights(update.path, update.version))
+
+
+async def _update(
+    pool: ServerPool, servers: Sequence[Server], update: WeightUpdate, failed: dict[str, str]
+) -> None:
+    if update.kind == "label":
+        await _load_everywhere(pool, servers, update, failed)
+        return
+    async with pool.paused(update.pause, servers) as not_paused:
+        failed.update(not_paused)
+        await _load_everywhere(pool, servers, update, failed)
 
 
 async def _load_everywhere(
     pool: ServerPool, servers: Sequence[Server], update: WeightUpdate, failed: dict[str, str]
 ) -> None:
-    pool.told(update.version)
     async with trio.open_nursery() as nursery:
         for server in servers:
-            if server.address not in failed:
-                nursery.start_soon(_load_one, pool, server, update, failed)
-    for server in servers:
-        if server.address in failed:
-            pool.put_in_service(server, ServerState.STALE)
+            nursery.start_soon(_load_one, pool, server, update, failed)
 
 
 async def _load_one(
     pool: ServerPool, server: Server, update: WeightUpdate, failed: dict[str, str]
 ) -> None:
-    confirmed = False
+    if server.address in failed:  # it could not be paused, so nothing is known about it
+        await pool.freeze(server, f"update to version {update.version}: {failed[server.address]}")
+        return
     try:
-        await _send(pool, server, update)
-        confirmed = True
+        async with server.control_lock:
+            await _send(pool, server, update)
     except RolloutError as exc:
         failed[server.address] = str(exc)
+        await pool.freeze(server, f"update to version {update.version}: {exc}")
         return
-    finally:
-        if not confirmed:  # also when cancelled: what it serves now is not known
-            pool.put_in_service(server, ServerState.STALE)
+    except trio.Cancelled:  # what it serves now is not known
+        with trio.CancelScope(shield=True):
+            await pool.freeze(server, f"its update to version {update.version} was cancelled")
+        raise
     server.version = update.version
+    server.frozen = False
     if server.state is ServerState.STALE:  # it has what it missed; a paused one is resumed later
-        labelled = update.kind == "label"
-        pool.put_in_service(server, ServerState.READY if labelled else ServerState.PAUSED)
+        pool.set_state(server, ServerState.READY if update.kind == "label" else ServerState.PAUSED)
 
 
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     if update.kind == "label":
         await pool.label(server, update.version)
+        if server.frozen:
+            await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
         return
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)

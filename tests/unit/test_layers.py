@@ -27,11 +27,12 @@ TOP = (
     ("executor",),
     ("admission", "batching", "results"),
     ("groups",),
-    ("delivery", "loader", "settlement", "waiting"),
+    ("delivery", "loader", "settlement"),
 )
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
+    ("supervision",),
     ("servers",),
     ("leases",),
     ("scheduling", "transport", "wire"),
@@ -42,7 +43,7 @@ DATA_WING = (
 )
 # Under both wings.
 FOUNDATION = (
-    ("observe",),
+    ("observe", "waiting"),
     ("config",),
     ("types",),
     ("_core", "errors"),
@@ -69,7 +70,7 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (
-        "cli demo controller executor groups waiting engine weights servers leases transport "
+        "cli demo controller executor groups waiting engine weights supervision servers leases transport "
         "reward workflow observe embedded testing"  # the other rooms decide; they never wait
     ),
     # Of the standard library: threads, processes and sockets have doors too.

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from arealtrio.config import RolloutConfig
-from arealtrio.errors import ConfigError, NoServerAvailable, RolloutClosed, UsageError
+from arealtrio.errors import ConfigError, RolloutClosed, UsageError
 from arealtrio.servers import Lease, Server, ServerPool, ServerState
 from arealtrio.transport import HttpTransport
 from arealtrio.wire.vllm import VllmDialect
@@ -23,7 +23,7 @@ def pool_of(caps: dict[str, int], policy: str = "least_request") -> ServerPool:
     pool = ServerPool(config, VllmDialect(), HttpTransport())
     for server in pool.servers:
         server.cap = caps[server.address]
-        pool.put_in_service(server)
+        pool.set_state(server, ServerState.READY)
     return pool
 
 
@@ -170,9 +170,37 @@ async def test_a_waiter_that_excludes_a_server_does_not_hold_up_the_others() -> 
         await holders.release_all()
 
 
-async def test_excluding_every_server_is_an_error_at_once() -> None:
-    with pytest.raises(NoServerAvailable, match="excluded"):
-        await pool_of({A: 1}).lease(exclude=frozenset({A}))
+async def test_a_server_that_failed_is_better_than_none() -> None:
+    pool = pool_of({A: 1, B: 1})
+    (await pool.lease(exclude=frozenset({A, B}))).release()
+    pool.set_state(server_of(pool, B), ServerState.EJECTED)
+    with await pool.lease(exclude=frozenset({A})) as lease:
+        assert lease.server.address == A
+
+
+async def test_one_that_waits_for_another_takes_the_failed_server_once_it_is_alone() -> None:
+    pool = pool_of({A: 1, B: 1})
+    async with trio.open_nursery() as nursery:
+        holders = Holders(pool, nursery)
+        await holders.start("on b", exclude=frozenset({A}))
+        await holders.start("not a", exclude=frozenset({A}))
+        assert pool.waiting == 1
+        pool.set_state(server_of(pool, B), ServerState.EJECTED)
+        await trio.testing.wait_all_tasks_blocked()
+        assert holders.server["not a"] == A
+        await holders.release_all()
+
+
+async def test_one_at_the_head_waits_before_all_others() -> None:
+    pool = pool_of({A: 1})
+    async with trio.open_nursery() as nursery:
+        holders = Holders(pool, nursery)
+        for name in ("holder", "fresh"):
+            await holders.start(name)
+        await holders.start("interrupted", at_head=True)
+        await holders.release("holder")
+        assert holders.order == ["holder", "interrupted"]
+        await holders.release_all()
 
 
 async def test_a_preferred_server_is_used_only_while_it_has_a_free_slot() -> None:
@@ -195,13 +223,15 @@ async def test_a_lease_waits_for_a_server_that_is_new_enough() -> None:
         assert holders.order == ["wants 0"]
         newer = server_of(pool, B if holders.server["wants 0"] == A else A)
         newer.version = 1
-        pool.put_in_service(newer)
+        pool.set_state(newer, ServerState.READY)
         await trio.testing.wait_all_tasks_blocked()
         assert holders.server["wants 1"] == newer.address
         await holders.release_all()
 
 
-@pytest.mark.parametrize("state", [s for s in ServerState if s is not ServerState.READY])
+@pytest.mark.parametrize(
+    "state", [s for s in ServerState if s not in (ServerState.READY, ServerState.GONE)]
+)
 async def test_only_a_ready_server_takes_requests_and_becoming_ready_wakes(
     state: ServerState,
 ) -> None:
@@ -209,12 +239,13 @@ async def test_only_a_ready_server_takes_requests_and_becoming_ready_wakes(
     async with trio.open_nursery() as nursery:
         holders = Holders(pool, nursery)
         await holders.start("before")
-        pool.put_in_service(server_of(pool, A), state)
+        pool.set_state(server_of(pool, A), state)
         await holders.start("during")
         assert holders.order == ["before"]
-        await holders.release("before")  # one that came before is released normally
+        if state is not ServerState.DRAINING:  # which is gone with its last request
+            await holders.release("before")  # one that came before is released normally
         assert holders.order == ["before"]
-        pool.put_in_service(server_of(pool, A))
+        pool.set_state(server_of(pool, A), ServerState.READY)
         await trio.testing.wait_all_tasks_blocked()
         assert holders.order == ["before", "during"]
         await holders.release_all()
