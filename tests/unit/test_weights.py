@@ -1,0 +1,307 @@
+"""Weight updates: what is in flight goes on, failures are named and out of service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from arealtrio.config import RolloutConfig
+from arealtrio.engine import RemoteEngine, open_engine
+from arealtrio.errors import ConnectFailed, UsageError, WeightUpdateError
+from arealtrio.servers import ServerState
+from arealtrio.testing import (
+    FixedLengths,
+    SimulatedFleet,
+    SimulatedServerSettings,
+    checkpoint,
+    made_by,
+    open_fleet,
+    simulated_executor,
+)
+from arealtrio.transport import RESPONSE_SIZE_BYTES_MAX
+from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse, TimeLimits
+from arealtrio.weights import WeightUpdate, update_weights
+
+from .puppet import Deferred, Instant, Puppet, check_counts, prompts, settled
+
+Clock = trio.testing.MockClock
+Fault = Callable[[str, HttpRequest], HttpResponse | None]
+
+
+class Faulty:
+    """A transport in front of a fleet: ``fault`` may answer, or raise, in a server's place."""
+
+    def __init__(self, fleet: SimulatedFleet) -> None:
+        self.fleet = fleet
+        self.asked: list[tuple[str, str]] = []
+        self.fault: Fault = lambda *_: None
+
+    async def request(
+        self,
+        base_url: str,
+        request: HttpRequest,
+        limits: TimeLimits,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> HttpResponse:
+        await trio.lowlevel.checkpoint()
+        self.asked.append((base_url, request.path))
+        answer = self.fault(base_url, request)
+        if answer is not None:
+            return answer
+        return await self.fleet.request(
+            base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
+        )
+
+    def stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fleet.stream(*args, **kwargs)
+
+    async def aclose(self) -> None:
+        await self.fleet.aclose()
+
+
+def refuses_to_load(*addresses: str) -> Fault:
+    def fault(address: str, request: HttpRequest) -> HttpResponse | None:
+        if address in addresses and request.path.startswith("/collective_rpc"):
+            body = {"error": {"message": "no such file", "type": "x", "param": None, "code": 400}}
+            return HttpResponse(
+                400, {"content-type": "application/json"}, msgspec.json.encode(body)
+            )
+        return None
+
+    return fault
+
+
+def unreachable(*addresses: str, path: str = "") -> Fault:
+    def fault(address: str, request: HttpRequest) -> HttpResponse | None:
+        if address in addresses and request.path.startswith(path):
+            raise ConnectFailed(f"{address} refused the connection")
+        return None
+
+    return fault
+
+
+@asynccontextmanager
+async def faulty_engine(
+    servers: int = 2, load_time_s: float = 0.0, length: int = 100, **config: Any
+) -> AsyncIterator[tuple[RemoteEngine, Faulty]]:
+    settings = [SimulatedServerSettings(load_time_s=load_time_s)] * servers
+    async with open_fleet(settings, lengths=FixedLengths(length)) as fleet:
+        faulty = Faulty(fleet)
+        chosen = RolloutConfig(servers=fleet.addresses, **config)
+        async with open_engine(chosen, transport=faulty) as engine:
+            yield engine, faulty
+
+
+def states(engine: RemoteEngine) -> list[str]:
+    return [row.state for row in engine.statistics()]
+
+
+def disk(version: int, **more: Any) -> WeightUpdate:
+    return WeightUpdate.from_disk(checkpoint(version), version, **more)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightUpdate.from_disk("", 1),
+        lambda: WeightUpdate.from_disk("/x", -1),
+        lambda: WeightUpdate.from_disk("/x", True),
+        lambda: WeightUpdate.label(1.5),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_update_is_refused(make: Callable[[], WeightUpdate]) -> None:
+    with pytest.raises(UsageError):
+        make()
+
+
+@pytest.mark.parametrize("pause", ["keep", "abort", "wait"])
+async def test_an_update_in_mid_run_reaches_every_server_and_token(
+    pause: Any, autojump_clock: Clock
+) -> None:
+    async with faulty_engine(load_time_s=1.0) as (engine, faulty):
+        answers: list[ModelResponse] = []
+
+        async def generate(token: int) -> None:
+            answers.append(await engine.agenerate(ModelRequest([token])))
+
+        async with trio.open_nursery() as nursery:
+            for token in range(8):
+                nursery.start_soon(generate, token)
+            await trio.sleep(0.5)
+            result = await update_weights(engine.pool, disk(1, pause=pause))
+        assert result.updated == faulty.fleet.addresses
+        assert result.seconds >= 1
+        assert engine.get_version() == 1
+        assert [row.version for row in engine.statistics()] == [1, 1]
+        assert all(row.outstanding == 0 for row in engine.statistics())
+        for answer in answers:
+            made = [made_by(float(logprob)) for logprob in answer.output_logprobs]
+            assert answer.output_versions.tolist() == made
+            assert answer.output_len == 100
+            assert answer.versions_exact
+            assert set(made) == ({0} if pause == "wait" else {0, 1})
+
+
+@pytest.mark.parametrize("fault", [refuses_to_load, unreachable])
+async def test_a_server_that_fails_is_named_takes_no_traffic_and_comes_back(
+    fault: Callable[..., Fault], autojump_clock: Clock
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        good, bad = faulty.fleet.addresses
+        faulty.fault = fault(bad)
+        result = await update_weights(engine.pool, disk(1))
+        assert result.updated == (good,)
+        assert list(result.failed) == [bad]
+        assert engine.get_version() == 1
+        assert states(engine) == ["ready", "stale"]
+        faulty.fault = lambda *_: None
+        for token in range(10):
+            await engine.agenerate(ModelRequest([token]))
+        assert engine.statistics()[1].requests == 0
+
+        result = await update_weights(engine.pool, disk(2))
+        assert set(result.updated) == {good, bad}
+        assert states(engine) == ["ready", "ready"]
+        async with trio.open_nursery() as nursery:
+            for token in range(10):
+                nursery.start_soon(engine.agenerate, ModelRequest([token]))
+        assert engine.statistics()[1].requests == 5
+
+
+async def test_requests_wait_for_a_server_that_has_the_weights(autojump_clock: Clock) -> None:
+    async with faulty_engine(servers=1) as (engine, faulty):
+        faulty.fault = refuses_to_load(*faulty.fleet.addresses)
+        with pytest.raises(WeightUpdateError):
+            await update_weights(engine.pool, disk(1))
+        async with trio.open_nursery() as nursery:
+            call = Deferred(nursery, engine.agenerate, ModelRequest([3]))
+            await settled()
+            assert engine.pool.waiting == 1
+            faulty.fault = lambda *_: None
+            await update_weights(engine.pool, disk(1))
+        assert set(call.value.output_versions.tolist()) == {1}
+
+
+async def test_if_all_fail_the_version_stays_and_the_servers_are_resumed(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.fault = refuses_to_load(*faulty.fleet.addresses)
+        with pytest.raises(WeightUpdateError, match="reached 0 of the 1 servers") as caught:
+            await update_weights(engine.pool, disk(1))
+        assert set(caught.value.failed) == set(faulty.fleet.addresses)
+        assert "the version stays 0" in str(caught.value)
+        assert engine.get_version() == 0
+        for server in faulty.fleet:
+            assert server.scheduler.pause_mode is None
+        assert [path for _, path in faulty.asked[-2:]] == ["/resume", "/resume"]
+
+
+async def test_below_min_updated_the_version_stays(autojump_clock: Clock) -> None:
+    async with faulty_engine(servers=3, min_updated=3) as (engine, faulty):
+        faulty.fault = refuses_to_load(faulty.fleet.addresses[0])
+        with pytest.raises(WeightUpdateError, match="reached 2 of the 3 servers"):
+            await update_weights(engine.pool, disk(1))
+        assert engine.get_version() == 0
+        faulty.fault = lambda *_: None
+        assert len((await update_weights(engine.pool, disk(1))).updated) == 3
+        assert states(engine) == ["ready"] * 3
+
+
+async def test_a_cancelled_update_resumes_every_server(autojump_clock: Clock) -> None:
+    async with faulty_engine(load_time_s=10.0) as (engine, faulty):
+        with trio.move_on_after(1) as scope:
+            await update_weights(engine.pool, disk(1))
+        assert scope.cancelled_caught
+        assert engine.get_version() == 0
+        assert [path for _, path in faulty.asked[-2:]] == ["/resume", "/resume"]
+        assert states(engine) == ["stale", "stale"]  # what they serve now is not known
+        await update_weights(engine.pool, disk(2))
+        assert states(engine) == ["ready", "ready"]
+        answer = await engine.agenerate(ModelRequest([3]))
+        assert set(answer.output_versions.tolist()) == {2}
+
+
+async def test_a_server_that_can_not_be_resumed_is_out_of_service(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, faulty):
+        _, bad = faulty.fleet.addresses
+        faulty.fault = unreachable(bad, path="/resume")
+        await update_weights(engine.pool, disk(1))
+        assert states(engine) == ["ready", "stale"]
+        faulty.fault = lambda *_: None
+        await update_weights(engine.pool, disk(2))
+        assert states(engine) == ["ready", "ready"]
+        async with trio.open_nursery() as nursery:
+            for token in range(4):
+                nursery.start_soon(engine.agenerate, ModelRequest([token]))
+        assert [row.requests for row in engine.statistics()] == [2, 2]
+
+
+async def test_a_label_alone_moves_the_version_and_the_servers_reports(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.asked.clear()
+        result = await update_weights(engine.pool, WeightUpdate.label(7))
+        assert result.version == engine.get_version() == 7
+        assert not any("pause" in path for _, path in faulty.asked)
+        answer = await engine.agenerate(ModelRequest([3]))
+        assert set(answer.output_versions.tolist()) == {7}
+        assert answer.versions_exact
+
+
+@pytest.mark.parametrize("status", [404, 405])
+async def test_a_server_without_a_label_route_keeps_its_word(
+    status: int, autojump_clock: Clock
+) -> None:
+    def no_route(_: str, request: HttpRequest) -> HttpResponse | None:
+        if "weight_version" in request.path:
+            return HttpResponse(status, {"content-type": "application/json"}, b'{"detail":"no"}')
+        return None
+
+    async with faulty_engine() as (engine, faulty):
+        faulty.fault = no_route
+        result = await update_weights(engine.pool, WeightUpdate.label(1))
+        assert result.failed == {}
+        assert engine.get_version() == 1
+
+
+async def test_versions_may_go_back_for_a_recovery(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, _):
+        await update_weights(engine.pool, disk(5))
+        await update_weights(engine.pool, disk(3))
+        assert engine.get_version() == 3
+        assert set((await engine.agenerate(ModelRequest([3]))).output_versions.tolist()) == {3}
+
+
+async def test_an_update_wakes_admission_at_once(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=2, consumer_batch_size=2) as (executor, _):
+        puppet = Puppet()
+        for prompt in prompts(4):
+            executor.submit(prompt, puppet)
+        await settled()
+        puppet.end_all()
+        await executor.wait(2)
+        result = await executor.update_weights(disk(1))
+        assert result.version == 1
+        assert executor._admission.running_members == 2  # in the same step
+        check_counts(executor)
+
+
+async def test_a_failed_update_changes_no_budget(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        await executor.rollout_batch(list(prompts(2)), Instant())
+        before = executor.get_capacity(), executor.staleness_manager.charged
+        with pytest.raises(WeightUpdateError):
+            await executor.update_weights(WeightUpdate.from_disk("/no/such", 1))
+        assert (executor.get_capacity(), executor.staleness_manager.charged) == before
+        assert executor.get_version() == 0
+        assert executor.engine.pool.servers[0].state is ServerState.STALE
