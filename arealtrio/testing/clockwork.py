@@ -132,8 +132,8 @@ class TimedScheduler(Scheduler):
         before, now = self._steps, self._clock()
         while self._due <= now + self._step_s() * _ROUNDING:
             if self.state == "poisoned":
-                self._die()
                 self._due = math.inf
+                self.die()
             else:
                 self._leap(now)
         return self._steps - before
@@ -263,6 +263,17 @@ class TimedScheduler(Scheduler):
         super().load_weights(model, version)
         self._logprob = model.logprob
 
+    def poison(self) -> None:
+        """See the base class."""
+        self.step()
+        super().poison()
+
+    def die(self) -> None:
+        """See the base class."""
+        self.step()
+        super().die()
+        self._set_due()
+
     def set_version(self, label: str) -> None:
         """See the base class."""
         self.step()
@@ -342,6 +353,13 @@ class TimedEngine(Engine):
             with trio.move_on_at(self.scheduler.next_event):
                 await self._work.wait()
             self._work = trio.Event()
+
+    async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:
+        """See the base class."""
+        try:
+            await super().reload(path, version, fatal=fatal)
+        finally:
+            self._changed()  # the next event of a poisoned scheduler is its next step
 
     async def _read(self, path: Path) -> Model:
         await trio.sleep(self._load_time_s)

@@ -19,7 +19,7 @@ class TokenByToken(Scheduler):
 
     def step(self) -> int:
         if self.state == "poisoned":
-            self._die()
+            self.die()
             return 0
         model = self.model
         assert isinstance(model, ScriptedModel)

@@ -165,6 +165,13 @@ class ClockworkMachine(RuleBasedStateMachine):
         self.real.poison()
         self.model.poison()
 
+    @precondition(lambda self: self.now > 40)
+    @rule()
+    def die(self) -> None:
+        self.real.die()
+        self.model.die()
+        self.set_due()
+
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "real"):
