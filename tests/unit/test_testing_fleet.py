@@ -424,6 +424,7 @@ async def test_weights_that_do_not_load_kill_it_as_they_kill_vllm(
             refused = await fleet.request(server.address, load_nothing, LIMITS)
             assert refused.status == 500
             assert b"no simulated checkpoint" in refused.body
+        await wait_all_tasks_blocked()
         assert server.condition is ServerCondition.DOWN
 
 
