@@ -38,11 +38,15 @@ class _Call(Generic[T]):
     Args:
         function: What to await on the trio side.
         undo: Called on the trio side with a result that the caller did not stay for.
+
+    Attributes:
+        over: Whether nobody waits for an answer any more: it was given, or the caller went away.
     """
 
     def __init__(
         self, function: Callable[[], Awaitable[T]], undo: Callable[[T], None] | None
     ) -> None:
+        self.over = False
         self._function = function
         self._undo = undo
         self._scope = trio.CancelScope()
@@ -50,22 +54,27 @@ class _Call(Generic[T]):
         self._result: outcome.Outcome[T] | None = None
         self._abandoned = False
 
-    async def run(self) -> None:
+    async def run(self, is_stopping: Callable[[], bool]) -> None:
         """Await the function; put a result that nobody waits for back where it came from.
 
         A cancellation is no answer: either the caller went away, or the run ends, which answers
         every open call. ``trio.Cancelled`` must never reach a trainer's thread: it is a
-        BaseException, and ``except Exception`` would be blind to it.
+        BaseException, and ``except Exception`` would be blind to it. Nor is it an answer that the
+        executor closed, if nobody asked it to: it died, and the run's end will say of what.
         """
         with self._scope:
             try:
                 value = await self._function()
+            except RolloutClosed as exc:
+                if is_stopping():
+                    self._finish(outcome.Error(exc))
             except Exception as exc:  # noqa: BLE001 - it is the caller's
                 self._finish(outcome.Error(exc))
             else:
                 self._finish(outcome.Value(value))
 
     def _finish(self, result: outcome.Outcome[T]) -> None:
+        self.over = True
         self._result = result
         if self._abandoned:
             self._give_back()
@@ -79,6 +88,7 @@ class _Call(Generic[T]):
 
     def abandon(self) -> None:
         """The caller went away (on the trio side)."""
+        self.over = True
         self._abandoned = True
         self._scope.cancel()
         self._give_back()
@@ -120,6 +130,7 @@ class RolloutController:
         self._executor: WorkflowExecutor | None = None
         self._started: SimpleQueue[BaseException | None] = SimpleQueue()
         self._stop = trio.Event()
+        self._closing = False
         self._calls: set[_Call[Any]] = set()  # touched on the trio side only, until it has ended
         self._calls_lock = threading.Lock()
         self._ended = False
@@ -158,16 +169,15 @@ class RolloutController:
         thread = self._thread
         if thread is None or os.getpid() != self._pid:
             return
+        self._closing = True  # where there is no trio side yet to be told
         self._post(self._stop.set)
         thread.join()
 
     def _run(self) -> None:
         try:
             trio.run(self._main)
-        except BaseExceptionGroup as group:
-            self._crash = group.exceptions[0] if len(group.exceptions) == 1 else group
         except BaseException as exc:  # noqa: BLE001 - it reaches every waiting thread
-            self._crash = exc
+            self._crash = _innermost(exc)
         finally:
             self._end_calls()
             self._started.put(self._crash)
@@ -182,12 +192,16 @@ class RolloutController:
     def _ended_error(self) -> Exception:
         if self._crash is None:
             return RolloutClosed("the rollout controller is closed")
-        error = RolloutCrashed(f"the rollout side died: {self._crash!r}")
-        error.__cause__ = self._crash
+        crashed = isinstance(self._crash, RolloutCrashed)
+        words = str(self._crash) if crashed else f"the rollout side died: {self._crash!r}"
+        error = RolloutCrashed(words)
+        error.__cause__ = self._crash.__cause__ if crashed else self._crash
         return error
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        if self._closing:
+            return
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._cancel_when_stopped, nursery.cancel_scope)
@@ -219,17 +233,20 @@ class RolloutController:
     ) -> T:
         self._check_usable()
         call = _Call(function, undo)
+        try:
+            self._start(call)
+            return call.wait()
+        except BaseException:
+            self._post(call.abandon)
+            raise
+
+    def _start(self, call: _Call[Any]) -> None:
         with self._calls_lock:
             if self._ended:
                 raise self._ended_error()
             self._calls.add(call)
         if not self._post(self._start_call, call):
             raise self._ended_error()
-        try:
-            return call.wait()
-        except BaseException:
-            self._post(call.abandon)
-            raise
 
     def _start_call(self, call: _Call[Any]) -> None:
         if self._stop.is_set():
@@ -239,10 +256,11 @@ class RolloutController:
 
     async def _run_call(self, call: _Call[Any]) -> None:
         try:
-            await call.run()
+            await call.run(self._stop.is_set)
         finally:
-            with self._calls_lock:
-                self._calls.discard(call)
+            if call.over:  # else the end of the run answers it
+                with self._calls_lock:
+                    self._calls.discard(call)
 
     def _ask(self, function: Callable[[WorkflowExecutor], T]) -> T:
         """Call a synchronous function on the trio side."""
@@ -346,7 +364,8 @@ class RolloutController:
                 if not step.groups:
                     raise StopIteration
                 return step
-            self._feed(stream, stream.feed.take(step), arguments)
+            stream.feed.read(step)
+            self._feed(stream, step, arguments)
 
     def _next_step(self, stream: BatchStream) -> Batch | int:
         executor = self._live
@@ -357,15 +376,13 @@ class RolloutController:
 
         return self._call(lambda: executor.next_step(stream), undo=undo)
 
-    def _feed(
-        self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
-    ) -> None:
-        """Hand prompts over without waiting: an interrupted wait could lose them."""
+    def _feed(self, stream: BatchStream, count: int, arguments: RolloutArguments) -> None:
+        """Let the trio side take prompts that were read: an interrupt here leaves them there."""
         executor = self._live
 
         def feed() -> None:
             if not executor.closed:
-                executor.feed(stream, prompts, arguments)
+                executor.feed(stream, stream.feed.pop(count), arguments)
 
         if not self._post(feed):
             raise self._ended_error()
@@ -438,3 +455,10 @@ class RolloutController:
     def staleness_violations(self) -> int:
         """Groups delivered beyond ``max_staleness``; only ``straggler_policy="keep"`` has any."""
         return self._ask(lambda executor: executor.staleness_violations)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The one exception in nurseries' groups of one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -22,7 +22,7 @@ from .batching import BatchStream, DataLoader, RolloutArguments, is_older, outda
 from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
-from .errors import DeadlineExceeded, RolloutClosed, RolloutCrashed, TooManyFailures, UsageError
+from .errors import DeadlineExceeded, RolloutClosed, TooManyFailures, UsageError
 from .groups import (
     CANCELLED,
     REJECTED,
@@ -39,7 +39,7 @@ from .staleness import StalenessManager
 from .trajectory import Batch, Group
 from .transport import Transport
 from .types import FailureKind, ModelRequest, ModelResponse, Outcome
-from .waiting import WaitList, time_limit
+from .waiting import WaitList, crash_of, time_limit
 from .weights import WeightUpdate, WeightUpdateResult, update_weights
 
 T = TypeVar("T")
@@ -468,6 +468,9 @@ class WorkflowExecutor:
                 verdict = self._expired(index)
         except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
             verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
+        except BaseException:  # the run ends: no waiter is to take that for a result
+            self.close()
+            raise
         finally:
             self._member_ended(group, verdict)
 
@@ -620,11 +623,11 @@ class WorkflowExecutor:
             raise _closed_error()
 
     def close(self) -> None:
-        """Settle what is queued as cancelled, cancel what runs, wake every waiter. Idempotent."""
+        """Wake every waiter, settle what is queued as cancelled, cancel what runs. Idempotent."""
         self._closed = True
+        self._waiting.end(_closed_error)  # first: what is cancelled below is no result to wait for
         for group in list(self._live.values()):
             self._cancel(group)
-        self._waiting.end(_closed_error)
 
     def check_settled(self) -> None:
         """Assert that nothing is left: every submission has settled."""
@@ -658,16 +661,6 @@ def _judge(group: GroupTask) -> tuple[Group | None, Verdict]:
     except Exception as exc:  # noqa: BLE001 - the filter is user code
         return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
     return None, REJECTED
-
-
-def _crash(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What the caller gets where a rollout's task died: an ordinary error, but Ctrl-C as itself."""
-    _, ours = group.split(trio.Cancelled)
-    if ours is None:
-        return group  # cancelled from outside
-    if ours.subgroup(KeyboardInterrupt):
-        return KeyboardInterrupt()
-    return RolloutCrashed(f"the rollout side died: {ours.exceptions[0]!r}")
 
 
 def _closed_error() -> RolloutClosed:
@@ -708,7 +701,7 @@ async def open_executor(
                     executor.close()
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise _crash(group) from group
+            raise crash_of(group) from group
         if left_with is not None:
             raise left_with
         executor.check_settled()

@@ -23,21 +23,37 @@ class LoaderFeed:
 
     def __init__(self, loader: Iterable[Prompt | Sequence[Prompt]]) -> None:
         self.loader = loader
-        self.exhausted = False
+        self._ended = False
         self._iterator: Iterator[Prompt | Sequence[Prompt]] = iter(loader)
-        self._ahead: deque[Prompt] = deque()  # read as part of a list, and not yet asked for
+        self._ahead: deque[Prompt] = deque()  # read, and not yet removed
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no prompt is left."""
+        return self._ended and not self._ahead
+
+    def read(self, count: int) -> None:
+        """Read until ``count`` prompts are there to ``pop``, or the loader ends.
+
+        Interrupted, or with an error of the loader, it keeps what it has read.
+        """
+        while len(self._ahead) < count and not self._ended:
+            self._read()
+
+    def pop(self, count: int) -> list[Prompt]:
+        """Remove the next prompts of those that were read, at most ``count``."""
+        return [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
 
     def take(self, count: int) -> list[Prompt]:
-        """Return the next prompts, at most ``count``; fewer only at the end, then ``exhausted``."""
-        while len(self._ahead) < count and not self.exhausted:
-            self._read()
-        return [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
+        """Read and remove the next prompts, at most ``count``; fewer only at the end."""
+        self.read(count)
+        return self.pop(count)
 
     def _read(self) -> None:
         try:
             item = next(self._iterator)
         except StopIteration:
-            self.exhausted = True
+            self._ended = True
             return
         if isinstance(item, Mapping):
             self._ahead.append(item)

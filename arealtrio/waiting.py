@@ -99,9 +99,22 @@ async def background(
             finally:
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise RolloutCrashed(f"the rollout side died: {group.exceptions[0]!r}") from group
+        raise crash_of(group) from group
     if left_with is not None:
         raise left_with
+
+
+def crash_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a caller gets where a nursery died: an ordinary error, but Ctrl-C as itself.
+
+    Where the nursery was only cancelled from outside, that is the group itself.
+    """
+    _, ours = group.split(trio.Cancelled)
+    if ours is None:
+        return group
+    if ours.subgroup(KeyboardInterrupt):
+        return KeyboardInterrupt()
+    return RolloutCrashed(f"the rollout side died: {ours.exceptions[0]!r}")
 
 
 @contextmanager

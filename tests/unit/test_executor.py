@@ -350,7 +350,9 @@ async def test_a_request_no_server_should_see_is_the_datas_failure(autojump_cloc
 async def test_a_server_that_dies_costs_its_own_rollouts_and_their_slots_come_back(
     autojump_clock: Clock,
 ) -> None:
-    async with simulated_executor(servers=2, lengths=FixedLengths(50), consumer_batch_size=8) as (
+    async with simulated_executor(
+        servers=2, lengths=FixedLengths(50), consumer_batch_size=8, max_failovers=0
+    ) as (
         executor,
         fleet,
     ):

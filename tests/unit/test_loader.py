@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from arealtrio.errors import UsageError
+from arealtrio.loader import LoaderFeed
+
+
+def numbered(*numbers: int) -> list[dict[str, Any]]:
+    return [{"n": number} for number in numbers]
+
+
+def test_prompts_come_in_order_and_fewer_only_at_the_end() -> None:
+    feed = LoaderFeed(numbered(0, 1, 2, 3, 4))
+    assert feed.take(2) == numbered(0, 1)
+    assert not feed.exhausted
+    assert feed.take(3) == numbered(2, 3, 4)
+    assert feed.take(3) == []
+    assert feed.exhausted
+
+
+def test_no_more_is_read_than_asked_for() -> None:
+    source = iter(numbered(0, 1, 2))
+    LoaderFeed(source).take(2)
+    assert list(source) == numbered(2)
+
+
+def test_lists_are_taken_apart() -> None:
+    feed = LoaderFeed([numbered(0, 1, 2), [], tuple(numbered(3)), numbered(4)[0]])
+    assert feed.take(1) == numbered(0)
+    assert feed.take(9) == numbered(1, 2, 3, 4)
+    assert feed.exhausted
+
+
+def test_it_is_not_exhausted_while_what_was_read_is_there() -> None:
+    feed = LoaderFeed(numbered(0, 1))
+    feed.read(9)
+    assert not feed.exhausted
+    assert feed.pop(1) == numbered(0)
+    assert feed.pop(9) == numbered(1)
+    assert feed.exhausted
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
+def test_an_error_arrives_as_itself_and_what_was_read_is_kept(error: BaseException) -> None:
+    class Stumbles:
+        def __init__(self) -> None:
+            self.steps: Iterator[Any] = iter([*numbered(0, 1), error, *numbered(2)])
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return self
+
+        def __next__(self) -> dict[str, Any]:
+            step = next(self.steps)
+            if isinstance(step, BaseException):
+                raise step
+            return dict(step)
+
+    feed = LoaderFeed(Stumbles())
+    with pytest.raises(type(error)):
+        feed.take(3)
+    assert not feed.exhausted
+    assert feed.take(9) == numbered(0, 1, 2)
+
+
+@pytest.mark.parametrize("item", [3, "prompt", None, [1, 2], [{"n": 1}, 2]])
+def test_what_is_no_prompt_is_refused_by_its_type_alone(item: Any) -> None:
+    feed = LoaderFeed([item, *numbered(1)])
+    with pytest.raises(UsageError, match=type(item).__name__):
+        feed.take(1)
+    assert feed.take(1) == numbered(1)
+
+
+def test_the_loader_is_iterated_once() -> None:
+    calls = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            calls.append(1)
+            return iter(numbered(0, 1))
+
+    feed = LoaderFeed(Loader())
+    feed.take(1)
+    feed.take(1)
+    assert calls == [1]
