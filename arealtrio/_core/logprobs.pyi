@@ -1,5 +1,5 @@
 from collections.abc import Mapping
-from typing import TypeAlias, final
+from typing import Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ _Floats: TypeAlias = npt.NDArray[np.float32]
 # The interpreter lock is released while it reads; a scanner is immutable and may be shared.
 @final
 class Scanner:
-    def __init__(self, wanted: Mapping[str, str]) -> None: ...
+    def __new__(cls, wanted: Mapping[str, str]) -> Self: ...
     def scan(
         self, body: bytes
     ) -> tuple[dict[str, tuple[_Ids | None, _Floats | None] | None], bytes]: ...

@@ -63,6 +63,8 @@ async def connected_engine(
     config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Fleet]]:
-    async with running_fleet(tmp_path, monkeypatch, count, **settings) as fleet:
-        async with open_engine(RolloutConfig(servers=fleet.urls, **(config or {}))) as engine:
-            yield engine, fleet
+    async with (
+        running_fleet(tmp_path, monkeypatch, count, **settings) as fleet,
+        open_engine(RolloutConfig(servers=fleet.urls, **(config or {}))) as engine,
+    ):
+        yield engine, fleet
