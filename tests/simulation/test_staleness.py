@@ -150,6 +150,27 @@ def test_versions_without_a_batch_deliver_nothing_too_old(max_staleness: int) ->
     assert len(set(discarded)) == len(discarded)
 
 
+async def _stop_and_go(scenario: Scenario) -> Run:
+    """The trainer often lets rollouts pile up, and then advances without a batch."""
+    async with open_run(scenario) as run:
+        loader = prompts()
+        for _ in range(20):
+            await run.train(loader, 1)
+            await trio.sleep(3 * TRAINING_S)
+            await run.update()
+    return run
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("max_staleness", [1, 2, 4])
+def test_age_does_not_follow_the_number_where_rollouts_think_first(
+    seed: int, max_staleness: int
+) -> None:
+    """An old group may stand behind a young one: the lowest number alone says nothing."""
+    scenario = Scenario(seed=seed, max_staleness=max_staleness, think_s=15.0)
+    assert_bounded(virtually(_stop_and_go, scenario))
+
+
 async def _two_batches_at_once(scenario: Scenario) -> Run:
     async with open_run(scenario) as run:
         loader = prompts()
