@@ -244,6 +244,7 @@ class WorkflowExecutor:
                 result = await self._wait_until(poll)
         finally:
             self._results.unclaim(task_id, is_eval=is_eval)
+            self._waiting.notify()  # a result that came as this waiter gave up is for another
         (taken,) = self._took([result], is_eval=is_eval)
         return taken
 

@@ -59,8 +59,8 @@ def until(rollout: RolloutController, holds: Callable[[WorkflowExecutor], bool])
 
     async def wait() -> None:
         assert rollout._executor is not None
-        while not holds(rollout._executor):
-            await trio.sleep(0.001)  # noqa: ASYNC110 - the state is of another thread's making
+        while not holds(rollout._executor):  # noqa: ASYNC110 - another thread makes the state
+            await trio.sleep(0.001)
         await trio.testing.wait_all_tasks_blocked()
 
     on_trio_side(rollout, wait)
