@@ -35,12 +35,16 @@ async def simulated_executor(
         config: Further fields of ``RolloutConfig``.
 
     Example:
-        >>> async def main() -> None:
-        ...     async with simulated_executor(consumer_batch_size=8) as (executor, fleet):
-        ...         async for batch in executor.batches(prompts(64), CountdownWorkflow()):
-        ...             await executor.update_weights(
-        ...                 WeightUpdate.from_disk(checkpoint(batch.version + 1), batch.version + 1)
-        ...             )
+        A test of a training loop, in milliseconds::
+
+            async def main() -> None:
+                async with simulated_executor(consumer_batch_size=8) as (executor, fleet):
+                    async for batch in executor.batches(prompts, workflow):
+                        version = batch.version + 1
+                        update = WeightUpdate.from_disk(checkpoint(version), version)
+                        await executor.update_weights(update)
+
+            trio.run(main, clock=MockClock(autojump_threshold=0))
     """
     async with open_fleet(servers, lengths=lengths, seed=seed, traced=traced) as fleet:
         settings = RolloutConfig(**{"seed": seed, **config, "servers": fleet.addresses})
