@@ -63,11 +63,12 @@ def server_processes(
     Raises:
         NoServerAvailable: One ended, or said nothing, instead of listening; the others are ended.
     """
-    command = [sys.executable, "-m", "arealtrio.embedded", "--weights", str(weights), *options]
+    # -P: the arealtrio that runs here, and not a checkout's sources in the working directory.
+    command = [sys.executable, "-P", "-m", "arealtrio.embedded", "--weights", str(weights)]
     with ExitStack() as stack:
         logged = [logs / f"server-{number}.log" for number in range(count)]
         # All are started before the first is waited for: they import at the same time.
-        processes = [_start(command, log, stack) for log in logged]
+        processes = [_start([*command, *options], log, stack) for log in logged]
         deadline = time.monotonic() + _START_TIMEOUT_S
         yield [
             ServerProcess(_wait_for_url(process, log, deadline), process, log)

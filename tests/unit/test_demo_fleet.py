@@ -40,6 +40,17 @@ def test_servers_listen_in_sessions_of_their_own_and_end_with_the_block(
     assert children() == []
 
 
+def test_servers_are_of_the_arealtrio_that_runs_not_of_one_that_lies_around(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``pip install .`` in a checkout, whose sources lack the compiled islands."""
+    (tmp_path / "arealtrio").mkdir()
+    (tmp_path / "arealtrio" / "__init__.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with server_processes(1, weights, tmp_path) as (server,):
+        server.check_alive()
+
+
 def test_servers_end_when_the_block_fails(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), server_processes(1, weights, tmp_path):
         raise KeyboardInterrupt

@@ -35,7 +35,8 @@ SERVING_WING = (
     ("supervision",),
     ("servers",),
     ("leases",),
-    ("scheduling", "transport", "wire"),
+    ("ordering", "scheduling", "transport", "wire"),
+    ("lengths",),
 )
 DATA_WING = (
     ("reward", "staleness", "trajectory", "workflow"),
@@ -70,8 +71,8 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (
-        "cli demo controller executor groups waiting engine weights supervision servers leases transport "
-        "reward workflow observe embedded testing"  # the other rooms decide; they never wait
+        "cli demo controller executor groups waiting engine weights supervision servers leases "
+        "transport reward workflow observe embedded testing"  # the other rooms decide; they never wait
     ),
     # Of the standard library: threads, processes and sockets have doors too.
     "asyncio": "",
