@@ -25,9 +25,15 @@ from .settings import DialectName, ServerSettings
 @click.option("--max-model-len", default=2048, show_default=True, help="Prompt and answer, tokens.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--logprobs-mode", type=click.Choice(get_args(LogprobsMode)),
-              default="raw_logprobs", show_default=True)  # fmt: skip
+              help="Default: the dialect's own.")  # fmt: skip
 @click.option("--dialect", type=click.Choice(get_args(DialectName)), default="vllm",
               show_default=True)  # fmt: skip
+@click.option("--incremental-streaming-output", is_flag=True,
+              help="SGLang: events of a stream hold the new tokens alone.")  # fmt: skip
+@click.option("--health-time-s", default=0.0, show_default=True,
+              help="SGLang: seconds of a health check; 1 as in a real server.")  # fmt: skip
+@click.option("--fragile", is_flag=True,
+              help="SGLang: die of requests that kill a real server.")  # fmt: skip
 @click.option("--exit-with-parent", is_flag=True,
               help="End when standard input ends, that is, when the parent has died.")  # fmt: skip
 def command(exit_with_parent: bool, **values: Any) -> None:

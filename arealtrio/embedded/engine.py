@@ -16,9 +16,14 @@ from typing import Self
 import trio
 
 from ..types import PauseMode
+from .adapters import Adapters
+from .faults import Faults
 from .sampling import SamplingParams
 from .scheduler import Model, Scheduler
 from .sequence import Sequence
+from .tensors import Tensor
+
+MEMORY = ("weights", "kv_cache")  # what sleep lets go of, by the names that wake_up takes
 
 
 class Generation:
@@ -26,10 +31,15 @@ class Generation:
 
     That release is synchronous, so it works in a cancelled scope too: a handler whose client went
     away leaves no sequence behind.
+
+    Times are trio's: ``started``, and of each sequence its first token and its end.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.sequences: list[Sequence] = []
+        self.started = trio.current_time()
+        self.first_token_at: dict[Sequence, float] = {}
+        self.finished_at: dict[Sequence, float] = {}
         self._engine = engine
         self._progress = trio.Event()
         self._finished = trio.Event()
@@ -64,12 +74,15 @@ class Generation:
         await self._progress.wait()
         self._progress = trio.Event()
 
-    def on_token(self, _: Sequence) -> None:
+    def on_token(self, sequence: Sequence) -> None:
         """Wake whoever streams; the scheduler calls it."""
+        if sequence not in self.first_token_at:
+            self.first_token_at[sequence] = trio.current_time()
         self._progress.set()
 
-    def on_finish(self, _: Sequence) -> None:
+    def on_finish(self, sequence: Sequence) -> None:
         """Wake whoever waits; the scheduler calls it."""
+        self.finished_at[sequence] = trio.current_time()
         self._progress.set()
         if self.finished:
             self._finished.set()
@@ -95,7 +108,10 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.token_time_s = token_time_s
-        self.sleep_level: int | None = None
+        self.faults = Faults()
+        self.adapters = Adapters()
+        self.announced: list[Tensor] = []  # by updates over a network that is not here
+        self.asleep: set[str] = set()
         self._load_model = load_model
         self._work = trio.Event()  # set: look at the scheduler again
         self._settled: set[trio.Event] = set()  # of callers of pause("wait")
@@ -198,15 +214,25 @@ class Engine:
         self.scheduler.retract()
         self._changed()
 
-    async def sleep(self, level: int) -> None:
-        """Stop as for ``pause("abort")`` and remember the level."""
-        self.sleep_level = level
+    async def sleep(self) -> None:
+        """Stop as for ``pause("abort")`` and let go of all ``MEMORY``."""
+        self.asleep.update(MEMORY)
         await self.pause("abort")
 
-    def wake_up(self) -> None:
-        """End ``sleep``; harmless when awake."""
-        self.sleep_level = None
-        self.resume()
+    def wake_up(self, tags: SequenceOf[str] | None = None) -> None:
+        """Take some memory back, or all of it; with the last of it go on. Harmless when awake."""
+        self.asleep.difference_update(MEMORY if tags is None else tags)
+        if not self.asleep:
+            self.resume()
+
+    def die(self) -> None:
+        """End for ever; ``run`` returns."""
+        self.scheduler.die()
+        self._changed()
+
+    def set_version(self, label: str) -> None:
+        """Label the weights in service."""
+        self.scheduler.set_version(self.faults.label(label))
 
     async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:
         """Read weights in a thread and put them in service between two tokens.
@@ -223,12 +249,15 @@ class Engine:
         """
         async with self._loading:
             try:
+                self.faults.on_load()
                 model = await self._read(path)
-                self.scheduler.load_weights(model, version)
+                self.scheduler.load_weights(model)
             except (OSError, ValueError):
                 if fatal:
                     self.scheduler.poison()
                 raise
+            if version is not None:
+                self.set_version(version)
 
     async def _read(self, path: Path) -> Model:
         """Read weights. A subclass on a virtual clock reads without a thread."""

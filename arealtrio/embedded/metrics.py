@@ -1,4 +1,4 @@
-"""The server's gauges and counters as a Prometheus text page.
+"""vLLM's gauges and counters as a Prometheus text page, and how such a page is written.
 
 Source: the exposition format 0.0.4, and vLLM's names and labels.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from .scheduler import Scheduler
 
 Sample = tuple[dict[str, str], float]
+Family = tuple[str, str, str, Iterable[Sample]]  # name, kind, text, samples
 
 
 def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
@@ -26,7 +27,7 @@ def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
         ({**labels, "finished_reason": reason}, count)
         for reason, count in counters.finished.items()
     ]
-    families: list[tuple[str, str, str, Iterable[Sample]]] = [
+    families: list[Family] = [
         ("vllm:num_requests_running", "gauge", "Number of requests in model execution batches.",
          [(labels, len(scheduler.running))]),
         ("vllm:num_requests_waiting", "gauge", "Number of requests waiting to be processed.",
@@ -42,6 +43,11 @@ def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
         ("arealtrio_embedded:requests_total", "counter", "Generate requests received.",
          [(labels, requests)]),
     ]  # fmt: skip
+    return write_page(families)
+
+
+def write_page(families: Iterable[Family]) -> str:
+    """Write families in the order given; one without samples keeps its two comment lines."""
     return "".join(_family(*family) for family in families)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits: TypeAlias = npt.NDArray[np.floating[Any]]
-LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
+LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs", "scaled_logprobs"]
 GREEDY_BELOW = 1e-5  # vLLM's limit: a smaller temperature means the most probable token
 
 
@@ -128,15 +128,20 @@ def draw(
         prompt: The prompt's token ids, for the repetition penalty.
         output: The tokens generated so far, for the penalties.
         forbidden: Ids that cannot be drawn now (EOS and stop ids below ``min_tokens``).
-        mode: ``raw_logprobs`` reports the model's own distribution; ``processed_logprobs`` the one
-            that was drawn from, after bias, penalties, temperature and filters.
+        mode: ``raw_logprobs`` reports the model's own distribution; ``scaled_logprobs`` the one
+            after bias, penalties and temperature; ``processed_logprobs`` the one that was drawn
+            from, after the filters too.
     """
-    processed = _processed(logits, raw_logprobs, params, prompt, output, forbidden)
+    scaled = _scaled(logits, raw_logprobs, params, prompt, output, forbidden)
+    processed = _filtered(scaled, params)
     token_id = int(processed.argmax()) if params.greedy else _inverse_cdf(processed, rng)
-    return _report(token_id, raw_logprobs if mode == "raw_logprobs" else processed, params)
+    reported = {
+        "raw_logprobs": raw_logprobs, "scaled_logprobs": scaled, "processed_logprobs": processed,
+    }  # fmt: skip
+    return _report(token_id, reported[mode], params)
 
 
-def _processed(
+def _scaled(
     logits: Logits,
     raw_logprobs: npt.NDArray[np.float64],
     params: SamplingParams,
@@ -144,10 +149,10 @@ def _processed(
     output: Sequence[int],
     forbidden: Sequence[int],
 ) -> npt.NDArray[np.float64]:
-    """Return log-probabilities of the distribution to draw from; -inf where filtered out."""
+    """Return log-probabilities after all that changes logits; -inf where forbidden."""
     plain = not (params.logit_bias or params.penalised or forbidden)
     if plain and (params.temperature == 1 or params.greedy):
-        return _filtered(raw_logprobs, params)
+        return raw_logprobs
     changed = np.array(logits, dtype=np.float64)
     _penalise(changed, params, prompt, output)
     for token_id, bias in params.logit_bias.items():
@@ -156,7 +161,7 @@ def _processed(
         changed[list(forbidden)] = -np.inf
     if not params.greedy:
         changed /= params.temperature
-    return _filtered(log_softmax(changed), params)
+    return log_softmax(changed)
 
 
 def _penalise(

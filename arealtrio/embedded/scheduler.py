@@ -43,7 +43,7 @@ class Model(Protocol):
 
 
 class EngineDead(UsageError):
-    """The engine met broken weights and serves nothing any more; start another server."""
+    """The engine died, of broken weights or of a request, and serves nothing any more."""
 
 
 @dataclass(slots=True)
@@ -154,7 +154,7 @@ class Scheduler:
             InvalidRequest: The prompt is empty, too long, or holds an id outside the vocabulary.
         """
         if self._state == "dead":
-            raise EngineDead("this engine died of broken weights; start another server")
+            raise EngineDead("this engine died; start another server")
         self._check_prompt(token_ids)
         room = self.max_model_len - len(token_ids)
         sequence = Sequence(
@@ -235,6 +235,8 @@ class Scheduler:
     def retract(self) -> None:
         """Put the running back at the head of the queue, in order, with the tokens they have."""
         self.counters.preemptions += len(self._running)
+        for sequence in self._running:
+            sequence.retractions += 1
         self._waiting.extendleft(reversed(self._running))
         self._running = []
         self._admit()
@@ -251,7 +253,7 @@ class Scheduler:
             EngineDead: It is too late.
         """
         if self._state == "dead":
-            raise EngineDead("this engine died of broken weights; start another server")
+            raise EngineDead("this engine died; start another server")
         if model.vocab_size != self._model.vocab_size:
             raise ConfigError(
                 f"weights of {model.vocab_size} tokens cannot replace weights of "
@@ -270,6 +272,10 @@ class Scheduler:
         """
         if self._state == "healthy":
             self._state = "poisoned"
+
+    def die(self) -> None:
+        """Serve nothing any more: everything in flight ends with reason ``error``."""
+        self._die()
 
     def set_version(self, label: str) -> None:
         """Label the weights in service; tokens from here on carry it."""

@@ -47,6 +47,7 @@ class Sequence:
         "prompt_length",
         "ranks",
         "request_id",
+        "retractions",
         "rng",
         "spans",
         "stop_reason",
@@ -79,6 +80,7 @@ class Sequence:
         self.spans: list[Span] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.retractions = 0  # times it was put back into the queue
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -20,15 +20,21 @@ from starlette.applications import Starlette
 
 from .connections import GRACE_S, Connections
 from .engine import Engine
+from .faults import Faults
 from .model import TinyModel
 from .scheduler import Scheduler
 from .settings import DialectName, ServerSettings
+from .sglang_app import sglang_app
+from .tensors import Tensor
 from .vllm_app import vllm_app
 
 __all__ = ["GRACE_S", "RunningServer", "ServerSettings", "main", "running_server", "serve"]
 
 BACKLOG = 1024  # connections the kernel holds until they are accepted
-_APPS: dict[DialectName, Callable[[Engine, ServerSettings], Starlette]] = {"vllm": vllm_app}
+_APPS: dict[DialectName, Callable[[Engine, ServerSettings], Starlette]] = {
+    "vllm": vllm_app,
+    "sglang": sglang_app,
+}
 _LOG = logging.getLogger("arealtrio.embedded")
 
 
@@ -41,12 +47,16 @@ class RunningServer:
         scheduler: What it runs; for looking only.
         stop: Set it to end the server: requests in flight are answered with what they have.
         stopped: Set when it has ended, for whatever reason.
+        faults: What a test wants to go wrong; all off.
+        announced: Tensors that weight updates over the trainer's network named, in their order.
     """
 
     url: str
     scheduler: Scheduler
     stop: trio.Event
     stopped: trio.Event
+    faults: Faults
+    announced: list[Tensor]
 
 
 async def serve(
@@ -54,7 +64,7 @@ async def serve(
     *,
     task_status: trio.TaskStatus[RunningServer] = trio.TASK_STATUS_IGNORED,
 ) -> bool:
-    """Serve until told to stop, or until broken weights have killed the engine.
+    """Serve until told to stop, or until broken weights or a request have killed the engine.
 
     Cancelling ends it at once and resets the connections; ``RunningServer.stop`` ends it with
     answers, within ``GRACE_S``. Either way no task, socket or request is left.
@@ -82,7 +92,14 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[RunningServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    server = RunningServer(_url(listener), engine.scheduler, trio.Event(), trio.Event())
+    server = RunningServer(
+        url=_url(listener),
+        scheduler=engine.scheduler,
+        stop=trio.Event(),
+        stopped=trio.Event(),
+        faults=engine.faults,
+        announced=engine.announced,
+    )
     app = _APPS[settings.dialect](engine, settings)
     try:
         with listener:
@@ -108,7 +125,7 @@ async def _decode(engine: Engine, stop: trio.Event) -> None:
 
 async def _run_engine(engine: Engine, stop: trio.Event) -> None:
     await engine.run()
-    _LOG.error("the engine died of weights that failed to load; the server stops")
+    _LOG.error("the engine died; the server stops")
     stop.set()
 
 
@@ -119,7 +136,7 @@ async def _prepare(settings: ServerSettings) -> tuple[Engine, socket.socket]:
         model,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
-        logprobs_mode=settings.logprobs_mode,
+        logprobs_mode=settings.reported_logprobs,
         seed=settings.seed,
     )
     engine = Engine(scheduler, TinyModel.load, token_time_s=settings.token_time_s)

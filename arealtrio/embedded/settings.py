@@ -10,7 +10,14 @@ from typing import Literal, TypeAlias, get_args
 from ..errors import ConfigError
 from .sampling import LogprobsMode
 
-DialectName: TypeAlias = Literal["vllm"]
+DialectName: TypeAlias = Literal["vllm", "sglang"]
+
+# What each real server can report, its default first. SGLang's is after temperature and before the
+# filters; raw is its SGLANG_RETURN_ORIGINAL_LOGPROB=1.
+LOGPROBS_MODES: dict[DialectName, tuple[LogprobsMode, ...]] = {
+    "vllm": ("raw_logprobs", "processed_logprobs"),
+    "sglang": ("scaled_logprobs", "raw_logprobs"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +34,18 @@ class ServerSettings:
             to the real server's inter-token latency to see real proportions.
         max_model_len: Prompt and answer together at most, in tokens.
         seed: Sequences without a seed of their own derive theirs from it.
-        logprobs_mode: ``raw_logprobs`` (vLLM's default) or ``processed_logprobs``; they differ as
-            soon as the temperature is not 1.
+        logprobs_mode: Of which distribution logprobs are reported; they differ as soon as the
+            temperature is not 1. vLLM has ``raw_logprobs`` and ``processed_logprobs``, SGLang has
+            ``scaled_logprobs`` and ``raw_logprobs``; None takes the first. See ``sampling.draw``.
         dialect: Whose HTTP interface to speak.
+        incremental_streaming_output: SGLang only: each event of a stream holds the new tokens
+            instead of all tokens so far.
+        health_time_s: SGLang only: how often a health check looks whether its probe came back. A
+            real one takes 1 s, so that a healthy answer takes a second, and one asked while
+            generation is paused is a 503 after 20. 0 answers at once, paused or not.
+        fragile: SGLang only: die where a real one dies, of a token id outside the vocabulary, of
+            memory released while requests run, of memory resumed that was not released. Off, these
+            are refused with a 400.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -43,20 +59,31 @@ class ServerSettings:
     token_time_s: float = 0.0
     max_model_len: int = 2048
     seed: int = 0
-    logprobs_mode: LogprobsMode = "raw_logprobs"
+    logprobs_mode: LogprobsMode | None = None
     dialect: DialectName = "vllm"
+    incremental_streaming_output: bool = False
+    health_time_s: float = 0.0
+    fragile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", Path(self.weights))
         self._check(0 <= self.port <= 65535, "port must be between 0 and 65535")
         self._check(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
         self._check(self.max_model_len >= 2, "max_model_len must be at least 2")
-        self._check(math.isfinite(self.token_time_s) and self.token_time_s >= 0,
-                    "token_time_s must be finite and not negative")  # fmt: skip
-        self._check(self.logprobs_mode in get_args(LogprobsMode),
-                    f"logprobs_mode must be one of {get_args(LogprobsMode)}")  # fmt: skip
+        for name in ("token_time_s", "health_time_s"):
+            value = getattr(self, name)
+            self._check(math.isfinite(value) and value >= 0,
+                        f"{name} must be finite and not negative")  # fmt: skip
         self._check(self.dialect in get_args(DialectName),
                     f"dialect must be one of {get_args(DialectName)}")  # fmt: skip
+        modes = LOGPROBS_MODES[self.dialect]
+        self._check(self.logprobs_mode in (None, *modes),
+                    f"logprobs_mode of {self.dialect} must be one of {modes}")  # fmt: skip
+
+    @property
+    def reported_logprobs(self) -> LogprobsMode:
+        """The mode in force."""
+        return self.logprobs_mode or LOGPROBS_MODES[self.dialect][0]
 
     @staticmethod
     def _check(holds: bool, message: str) -> None:

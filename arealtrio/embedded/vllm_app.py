@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from .engine import Engine
+from .http import BodyTooLarge, detail, never_answer, read_body
 from .metrics import metrics_page
 from .scheduler import EngineDead
 from .settings import ServerSettings
+from .vllm_adapters import VllmAdapters
 from .vllm_error import VllmError, engine_error, missing, rpc_error, validation_error
 from .vllm_fields import Body, decode_body, flag, integer
 from .vllm_generate import (
@@ -33,9 +34,9 @@ from .vllm_generate import (
     whole_answer,
 )
 from .vllm_response import Json
+from .vllm_transfer import WeightTransfer
 
 VERSION = "0.32.0"  # of the vLLM whose answers these are
-BODY_LIMIT_BYTES = 64 * 1024 * 1024
 PAUSE_MODES = ("abort", "wait", "keep")
 
 
@@ -51,8 +52,8 @@ def vllm_app(engine: Engine, settings: ServerSettings) -> Starlette:
         routes=[*face.routes(), Route("/openapi.json", face.openapi, methods=["GET"])],
         exception_handlers={
             VllmError: _refuse,
-            404: _detail("Not Found"),
-            405: _detail("Method Not Allowed"),
+            404: detail("Not Found"),
+            405: detail("Method Not Allowed"),
         },
     )
 
@@ -63,6 +64,8 @@ class _Face:
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
+        self._transfer = WeightTransfer(engine)
+        self._adapters = VllmAdapters(engine.adapters)
         self._started = int(time.time())
         self._requests = 0
 
@@ -82,6 +85,11 @@ class _Face:
             "/wake_up": self.wake_up, "/collective_rpc": self.collective_rpc,
             "/update_weight_version": self.update_weight_version,
             "/reset_prefix_cache": self.reset_prefix_cache,
+            "/init_weight_transfer_engine": self.init_transfer,
+            "/start_weight_update": self.start_update, "/update_weights": self.update_weights,
+            "/finish_weight_update": self.finish_update,
+            "/v1/load_lora_adapter": self.load_adapter,
+            "/v1/unload_lora_adapter": self.unload_adapter,
         }  # fmt: skip
         return [
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
@@ -101,6 +109,8 @@ class _Face:
     async def _generate(self, request: Request, kind: Kind) -> Response:
         self._requests += 1
         body = await _body(request)
+        if self._engine.faults.silent:
+            return await never_answer(request)
         header = request.headers.get("x-request-id")
         generation, answer = begin(self._engine, self._settings, kind, body, header)
         if answer.request.stream:
@@ -144,17 +154,18 @@ class _Face:
     async def sleep(self, request: Request) -> Response:
         """Stop, and forget the cache (there is none)."""
         level = integer(request.query_params, "level", 1, "query") or 0
-        await self._engine.sleep(level)
+        await self._engine.sleep()
         return json_response({"status": "sleeping", "level": level})
 
-    async def wake_up(self, _: Request) -> Response:
-        """End the sleep."""
-        self._engine.wake_up()
-        return json_response({"status": "awake", "tags": None})
+    async def wake_up(self, request: Request) -> Response:
+        """End the sleep, or a part of it: it goes on when both parts are awake."""
+        tags = request.query_params.getlist("tags") or None
+        self._engine.wake_up(tags)
+        return json_response({"status": "awake", "tags": tags})
 
     async def is_sleeping(self, _: Request) -> Response:
         """Whether it sleeps."""
-        return json_response({"is_sleeping": self._engine.sleep_level is not None})
+        return json_response({"is_sleeping": bool(self._engine.asleep)})
 
     # -- weights -----------------------------------------------------------------------------
 
@@ -183,8 +194,32 @@ class _Face:
         if not isinstance(label, str):
             message = "Input should be a valid string"
             raise validation_error("body.new_version", "string_type", message, label)
-        self._engine.scheduler.set_version(label)
+        self._engine.set_version(label)
         return json_response({"success": True, "new_version": label})
+
+    async def init_transfer(self, request: Request) -> Response:
+        """Say where weights come from."""
+        return json_response(self._transfer.initialise(await _body(request)))
+
+    async def start_update(self, _: Request) -> Response:
+        """Open an update."""
+        return json_response(self._transfer.start())
+
+    async def update_weights(self, request: Request) -> Response:
+        """Take weights."""
+        return json_response(await self._transfer.update(await _body(request)))
+
+    async def finish_update(self, request: Request) -> Response:
+        """Close an update, and label the weights if told."""
+        return json_response(self._transfer.finish(await _body(request)))
+
+    async def load_adapter(self, request: Request) -> Response:
+        """Take an adapter; only its name matters here."""
+        return PlainTextResponse(self._adapters.load(await _body(request)))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """Forget an adapter."""
+        return PlainTextResponse(self._adapters.unload(await _body(request)))
 
     async def weight_info(self, _: Request) -> Response:
         """The label."""
@@ -200,6 +235,7 @@ class _Face:
 
     async def health(self, _: Request) -> Response:
         """Alive: true of a poisoned engine, too, as in vLLM; not of a dead one."""
+        await self._engine.faults.on_health()
         return Response(status_code=503 if self._engine.scheduler.state == "dead" else 200)
 
     async def load(self, _: Request) -> Response:
@@ -224,8 +260,13 @@ class _Face:
         return json_response({"world_size": 1})
 
     async def models(self, _: Request) -> Response:
-        """The one model."""
-        return json_response({"object": "list", "data": [self._model_card()]})
+        """The one model, and after it the adapters."""
+        card, base = self._model_card(), self._settings.served_model_name
+        adapters = [
+            {**card, "id": name, "root": path, "parent": base}
+            for name, path in self._engine.adapters.paths.items()
+        ]
+        return json_response({"object": "list", "data": [card, *adapters]})
 
     def _model_card(self) -> Json:
         return {
@@ -262,7 +303,7 @@ class _Face:
             "model_config": {
                 "served_model_name": settings.served_model_name,
                 "max_model_len": settings.max_model_len,
-                "logprobs_mode": settings.logprobs_mode,
+                "logprobs_mode": settings.reported_logprobs,
                 "seed": settings.seed,
             },
             "scheduler_config": {"max_num_seqs": settings.max_num_seqs},
@@ -284,12 +325,10 @@ class _Face:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > BODY_LIMIT_BYTES:
-            raise VllmError("The request body is too large", status=413)
-    return decode_body(bytes(raw))
+    try:
+        return decode_body(await read_body(request))
+    except BodyTooLarge as exc:
+        raise VllmError("The request body is too large", status=413) from exc
 
 
 def _request_ids(body: Body) -> list[str] | None:
@@ -308,13 +347,3 @@ async def _refuse(_: Request, exc: Exception) -> Response:
     if exc.status >= 500:  # vLLM closes the connection too, but without a word
         response.headers["connection"] = "close"
     return response
-
-
-def _detail(text: str) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def answer(_: Request, exc: Exception) -> Response:
-        headers = getattr(exc, "headers", None)
-        response = json_response({"detail": text}, exc.status_code)  # type: ignore[attr-defined]
-        response.headers.update(headers or {})
-        return response
-
-    return answer

@@ -45,6 +45,11 @@ def rpc_error(reason: str) -> VllmError:
     )
 
 
+def not_found(message: str) -> VllmError:
+    """Something named in the body is not there."""
+    return VllmError(message, status=404, kind="NotFoundError")
+
+
 def missing(field: str) -> VllmError:
     """A control route's body lacks ``field``."""
     return VllmError(f"Missing '{field}' in request body", kind="Bad Request")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-import trio
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import vllm_response
 from .engine import Engine, Generation
+from .http import LAST_EVENT, event, send_more, until_disconnect
+from .http import json_response as json_response
 from .scheduler import EngineDead
 from .settings import ServerSettings
 from .vllm_error import engine_error
@@ -86,14 +85,14 @@ def begin(
         VllmError: As vLLM would answer; nothing is queued.
     """
     model = engine.scheduler.model
-    limits = Limits(settings.served_model_name, model.vocab_size, settings.max_model_len)
+    limits = Limits(
+        settings.served_model_name, model.vocab_size, settings.max_model_len, engine.adapters
+    )
     asked = kind.read(body, limits)
     request_id = kind.prefix + (header_id or asked.request_id or secrets.token_hex(8))
     generation = _start(engine, asked, kind.engine_ids(request_id, len(asked.prompts)))
     created = int(time.time())
-    return generation, Answer(
-        request_id, settings.served_model_name, created, asked, generation.sequences
-    )
+    return generation, Answer(request_id, asked.model, created, asked, generation.sequences)
 
 
 def _start(engine: Engine, asked: GenerateRequest, engine_ids: list[str]) -> Generation:
@@ -128,22 +127,22 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the events; the ASGI interface."""
         with self._generation:
-            async with _until_disconnect(receive):
+            async with until_disconnect(receive):
                 await send({"type": "http.response.start", "status": self.status_code,
                             "headers": self.raw_headers})  # fmt: skip
                 while not all(cursor.ended for cursor in self._cursors):
                     await self._generation.wait_progress()
-                    await _send_more(send, self._new_events())
-                await _send_more(send, self._last_events())
+                    await send_more(send, self._new_events())
+                await send_more(send, self._last_events())
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _new_events(self) -> bytes:
         if self._generation.failed:
             for cursor in self._cursors:
                 cursor.ended = True
-            return _event(engine_error().body)
+            return event(engine_error().body)
         return b"".join(
-            _event(self._kind.chunk(self._answer, cursor))
+            event(self._kind.chunk(self._answer, cursor))
             for cursor in self._cursors
             if not cursor.ended and self._has_news(cursor)
         )
@@ -154,12 +153,7 @@ class EventStream(Response):
 
     def _last_events(self) -> bytes:
         wanted = self._answer.request.include_usage and not self._generation.failed
-        return (_event(self._kind.usage(self._answer)) if wanted else b"") + b"data: [DONE]\n\n"
-
-
-async def _send_more(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        return (event(self._kind.usage(self._answer)) if wanted else b"") + LAST_EVENT
 
 
 async def whole_answer(
@@ -167,32 +161,8 @@ async def whole_answer(
 ) -> Response:
     """Wait for the end and answer in one piece; the sequences go if the client goes."""
     with generation:
-        async with _until_disconnect(request.receive):
+        async with until_disconnect(request.receive):
             await generation.wait_finished()
     if generation.failed:
         raise engine_error()
     return json_response(kind.whole(answer))
-
-
-@asynccontextmanager
-async def _until_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block when the client has gone away."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
-        yield
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-def json_response(body: Json, status: int = 200) -> Response:
-    """Answer with JSON."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"

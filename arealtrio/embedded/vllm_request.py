@@ -8,7 +8,7 @@ cannot honour is refused, because ignoring it would give wrong answers silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from .sampling import SamplingParams
@@ -31,6 +31,7 @@ class GenerateRequest:
     Args:
         prompts: Token ids of each prompt.
         params: How to sample.
+        model: The name to answer under: the served model's or an adapter's.
         n: Answers for each prompt.
         request_id: The body's own id; None where it gives none.
         stream: Answer in server-sent events.
@@ -41,6 +42,7 @@ class GenerateRequest:
 
     prompts: tuple[list[int], ...]
     params: SamplingParams
+    model: str
     n: int = 1
     request_id: str | None = None
     stream: bool = False
@@ -57,11 +59,13 @@ class Limits:
         model: The served model's name.
         vocab_size: Token ids are below it.
         max_model_len: Prompt and answer together at most.
+        adapters: Names that may be given in place of the model's.
     """
 
     model: str
     vocab_size: int
     max_model_len: int
+    adapters: Container[str] = ()
 
 
 def read_completion(body: Body, limits: Limits) -> GenerateRequest:
@@ -102,7 +106,7 @@ def _checked(
     body: Body, prompts: tuple[list[int], ...], sampling: Body, loc: str, limits: Limits
 ) -> GenerateRequest:
     params = _sampling(sampling, loc)
-    _check_model(body.get("model"), limits.model)
+    model = _model(body.get("model"), limits)
     _check_sampling(params, limits.vocab_size)
     for prompt in prompts:
         _check_prompt(prompt, limits.vocab_size)
@@ -110,6 +114,7 @@ def _checked(
     return GenerateRequest(
         prompts=prompts,
         params=params,
+        model=model,
         n=_answers(integer(sampling, "n", 1, loc)),
         request_id=text(body, "request_id"),
         stream=flag(body, "stream"),
@@ -126,14 +131,17 @@ def _check_supported(body: Body) -> None:
             raise VllmError(f"{name} is not supported by this embedded server", param=name)
 
 
-def _check_model(asked: object, served: str) -> None:
-    if asked not in (None, "", served):
-        raise VllmError(
-            f"The model `{asked}` does not exist. Valid aliases: {served}.",
-            status=404,
-            kind="NotFoundError",
-            param="model",
-        )
+def _model(asked: object, limits: Limits) -> str:
+    if asked in (None, "", limits.model):
+        return limits.model
+    if isinstance(asked, str) and asked in limits.adapters:
+        return asked
+    raise VllmError(
+        f"The model `{asked}` does not exist. Valid aliases: {limits.model}.",
+        status=404,
+        kind="NotFoundError",
+        param="model",
+    )
 
 
 def _prompts(value: object) -> tuple[list[int], ...]:

@@ -1,0 +1,78 @@
+"""Where requests wait before SGLang's scheduler sees them: while paused, and around weight loads.
+
+SGLang's front end holds new requests back while generation is paused, and a load of weights outside
+a pause waits for those that went through before, and holds back those that come after. Requests at
+the gate are in no queue that its metrics count, and an abort does not find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+
+class Gate:
+    """Many go through at a time while it is open; a load of weights goes through alone."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.waiting = 0  # requests held back
+        self._inside = 0
+        self._loads = 0  # that wait for their turn or have it
+        self._loading = False
+        self._changed = trio.Event()
+
+    def pause(self) -> None:
+        """Hold new requests back."""
+        self.paused = True
+        self._notify()
+
+    def resume(self) -> None:
+        """Let them through."""
+        self.paused = False
+        self._notify()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Go through when it is open; be inside for the length of the block."""
+        self.waiting += 1
+        try:
+            await self.until(lambda: not self.paused and not self._loads)
+        finally:
+            self.waiting -= 1
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._notify()
+
+    @asynccontextmanager
+    async def load(self) -> AsyncIterator[None]:
+        """Go through alone: at once if paused, else when nothing is inside any more.
+
+        Requests that come meanwhile wait until the block ends.
+        """
+        if self.paused:
+            yield
+            return
+        self._loads += 1
+        try:
+            await self.until(lambda: not self._inside and not self._loading)
+            self._loading = True
+            yield
+        finally:
+            self._loads -= 1
+            self._loading = False
+            self._notify()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for a state of the gate."""
+        while not holds():
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

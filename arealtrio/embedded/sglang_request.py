@@ -1,0 +1,293 @@
+"""What SGLang accepts in a ``/generate`` body, and the words it refuses the rest with.
+
+The messages are those of SGLang 0.5.23. Unknown fields are ignored, as there; a known field that
+this server cannot honour is refused, because ignoring it would give wrong answers silently.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from .sampling import SamplingParams
+from .sglang_error import SglangError, malformed
+
+MAX_PENALTY = 2.0
+_UNSUPPORTED = ("text", "input_embeds", "image_data", "video_data", "audio_data", "session_params")
+_UNSUPPORTED_SAMPLING = (
+    "stop", "stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "beam_width",
+)  # fmt: skip
+T = TypeVar("T")
+
+
+class Sampling(msgspec.Struct, kw_only=True):
+    """``sampling_params``; the defaults are SGLang's."""
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    temperature: int | float = 1.0  # as sent, because a refusal repeats it
+    top_p: int | float = 1.0
+    top_k: int = -1
+    min_p: int | float = 0.0
+    frequency_penalty: int | float = 0.0
+    presence_penalty: int | float = 0.0
+    repetition_penalty: int | float = 1.0
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[str, float] | None = None
+    sampling_seed: int | None = None
+    n: int = 1
+    stop: Any = None
+    stop_regex: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
+    beam_width: int | None = None
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """The body of ``/generate``."""
+
+    input_ids: list[Any] | None = None
+    rid: str | list[str] | None = None
+    sampling_params: Sampling | list[Sampling] | None = None
+    return_logprob: bool | list[bool] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    logprob_start_len: int | list[int] | None = None
+    lora_path: str | list[str | None] | None = None
+    stream: bool = False
+    text: Any = None
+    input_embeds: Any = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+    session_params: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One prompt of a request.
+
+    Args:
+        rid: Its id, by which it is aborted.
+        prompt: Token ids.
+        sampling: As sent.
+        logprobs: Whether to report logprobs.
+        lora: The adapter asked for.
+    """
+
+    rid: str
+    prompt: list[int]
+    sampling: Sampling
+    logprobs: bool
+    lora: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A body whose shape was found sound.
+
+    Args:
+        items: Its prompts.
+        batch: Whether the answer is a list, because the prompts were one.
+    """
+
+    items: tuple[Item, ...]
+    batch: bool
+
+
+def decode(raw: bytes, kind: type[T]) -> T:
+    """Parse a body; an empty one is ``{}``.
+
+    Raises:
+        SglangError: It is no JSON object, or a field has a wrong type.
+    """
+    try:
+        return msgspec.json.decode(raw or b"{}", type=kind, strict=False)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise malformed(f"1 validation error: {exc}") from exc
+
+
+def read_generate(body: GenerateBody) -> GenerateRequest:
+    """Make prompts of a body, or of a batch.
+
+    Raises:
+        SglangError: The prompts are missing or empty, lists differ in length, or something is asked
+            for that this server does not have.
+    """
+    _check_supported(body, _UNSUPPORTED)
+    prompts, batch = _prompts(body.input_ids)
+    count = len(prompts)
+    sampling = body.sampling_params or Sampling()
+    items = [
+        Item(rid=rid, prompt=prompt, sampling=params, logprobs=bool(logprobs), lora=lora or None)
+        for rid, prompt, params, logprobs, lora in zip(
+            _rids(body.rid, count, batch=batch),
+            prompts,
+            _spread(sampling, count, "sampling_params"),
+            _spread(body.return_logprob, count, "return_logprob"),
+            _spread(body.lora_path, count, "lora_path"),
+            strict=True,
+        )
+    ]
+    for item in items:
+        _check_supported(item.sampling, _UNSUPPORTED_SAMPLING)
+    _check_logprob_options(body, items)
+    return GenerateRequest(tuple(items), batch)
+
+
+def _check_supported(body: object, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(body, name) not in (None, [], ""):
+            raise SglangError(f"{name} is not supported by this embedded server")
+
+
+def _check_logprob_options(body: GenerateBody, items: Iterable[Item]) -> None:
+    unsupported = {
+        "top_logprobs_num": body.top_logprobs_num not in (None, 0),
+        "logprob_start_len": body.logprob_start_len not in (None, -1),
+        "n": any(item.sampling.n != 1 for item in items),
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise SglangError(f"this value of {name} is not supported by this embedded server")
+
+
+def _prompts(value: list[Any] | None) -> tuple[list[list[int]], bool]:
+    if value is None:
+        raise SglangError("Either text, input_ids or input_embeds should be provided.")
+    if not value:
+        raise SglangError("input_ids cannot be empty.")
+    batch = isinstance(value[0], list)
+    try:
+        prompts = msgspec.convert(value if batch else [value], list[list[int]])
+    except msgspec.ValidationError as exc:
+        raise malformed(f"1 validation error: input_ids: {exc}") from exc
+    if not all(prompts):
+        raise SglangError("input_ids cannot be empty.")
+    return prompts, batch
+
+
+def _rids(value: str | list[str] | None, count: int, *, batch: bool) -> list[str]:
+    if value is None:
+        return [secrets.token_hex(16) for _ in range(count)]
+    if isinstance(value, str):
+        return [f"{value}_{i}" for i in range(count)] if batch else [value]
+    if len(value) != count:
+        raise SglangError(
+            "The specified rids length mismatch with the batch_size for batch processing."
+        )
+    twice = [rid for rid, times in Counter(value).items() if times > 1]
+    if twice:
+        raise SglangError(f"Duplicate request IDs detected within the request: {twice}")
+    return value
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise SglangError(f"The length of {name} should be equal to the batch size.")
+    return value
+
+
+def sampling_params(item: Item, *, vocab_size: int, max_model_len: int) -> SamplingParams:
+    """Check one prompt and its parameters against the model, and return how to sample.
+
+    Two rules of SGLang differ from vLLM's: prompt and ``max_new_tokens`` together must fit, and
+    ``ignore_eos`` ignores ``stop_token_ids`` as well.
+
+    Args:
+        item: The prompt.
+        vocab_size: Stop ids and biases are below it. The prompt's ids are not looked at.
+        max_model_len: Prompt and answer together at most.
+
+    Raises:
+        SglangError: As SGLang would answer.
+    """
+    sampling = item.sampling
+    _check_length(item, max_model_len)
+    _check_ranges(sampling)
+    _check_lengths(sampling)
+    biased = _biases(sampling, vocab_size)
+    stop_ids = [] if sampling.ignore_eos else (sampling.stop_token_ids or [])
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        temperature=float(sampling.temperature),
+        top_p=float(sampling.top_p),
+        top_k=max(sampling.top_k, 0),
+        min_p=float(sampling.min_p),
+        seed=sampling.sampling_seed,
+        stop_token_ids=frozenset(i for i in stop_ids if 0 <= i < vocab_size),
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=biased,
+        presence_penalty=float(sampling.presence_penalty),
+        frequency_penalty=float(sampling.frequency_penalty),
+        repetition_penalty=float(sampling.repetition_penalty),
+    )
+
+
+def _check_length(item: Item, limit: int) -> None:
+    length, wanted = len(item.prompt), item.sampling.max_new_tokens
+    if length >= limit:
+        raise SglangError(
+            f"The input ({length} tokens) is longer than the model's context length "
+            f"({limit} tokens)."
+        )
+    if wanted is not None and length + wanted > limit:
+        raise SglangError(
+            f"Requested token count exceeds the model's maximum context length of {limit} tokens. "
+            f"You requested a total of {length + wanted} tokens: {length} tokens from the input "
+            f"messages and {wanted} tokens for the completion. Please reduce the number of tokens "
+            "in the input messages or the completion to fit within the limit."
+        )
+
+
+def _check_ranges(sampling: Sampling) -> None:
+    """In the order of SGLang's ``SamplingParams.verify``."""
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise _out("temperature must be a non-negative finite number", sampling.temperature)
+    if not 0 < sampling.top_p <= 1:
+        raise _out("top_p must be in (0, 1]", sampling.top_p)
+    if not 0 <= sampling.min_p <= 1:
+        raise _out("min_p must be in [0, 1]", sampling.min_p)
+    if sampling.top_k < 1 and sampling.top_k != -1:
+        raise _out("top_k must be -1 (disable) or at least 1", sampling.top_k)
+    for name in ("frequency_penalty", "presence_penalty"):
+        if not -MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY:
+            raise _out(f"{name} must be in [-2, 2]", getattr(sampling, name))
+    if not 0 < sampling.repetition_penalty <= MAX_PENALTY:
+        allowed = "repetition_penalty must be in (0, 2] (1.0 = no penalty)"
+        raise _out(allowed, sampling.repetition_penalty)
+
+
+def _check_lengths(sampling: Sampling) -> None:
+    least, most = sampling.min_new_tokens, sampling.max_new_tokens
+    if least < 0:
+        raise _out("min_new_tokens must be in [0, max_new_tokens]", least)
+    if most is not None and most < 0:
+        raise _out("max_new_tokens must be at least 0", most)
+    if most == 0:
+        raise SglangError("max_new_tokens 0 is not supported by this embedded server")
+    if most is not None and least > most:
+        raise _out(f"min_new_tokens must be in [0, max_new_tokens({most})]", least)
+
+
+def _biases(sampling: Sampling, vocab_size: int) -> dict[int, float]:
+    biases = sampling.logit_bias or {}
+    for token_id in biases:
+        if not (token_id.isdecimal() and int(token_id) < vocab_size):
+            raise _out(f"logit_bias must has keys in [0, {vocab_size - 1}]", token_id)
+    return {int(token_id): bias for token_id, bias in biases.items()}
+
+
+def _out(allowed: str, value: object) -> SglangError:
+    return SglangError(f"{allowed}, got {value}.")
