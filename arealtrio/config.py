@@ -13,10 +13,12 @@ from .types import TimeLimits
 
 Backend: TypeAlias = Literal["vllm", "sglang"]
 SchedulePolicyName: TypeAlias = Literal["least_request", "round_robin"]
+QueueOrder: TypeAlias = Literal["fifo", "deadline", "longest_expected"]
 StragglerPolicy: TypeAlias = Literal["wait", "keep"]
 
 BACKENDS = ("vllm", "sglang")
 SCHEDULE_POLICIES = ("least_request", "round_robin")
+QUEUE_ORDERS = ("fifo", "deadline", "longest_expected")
 STRAGGLER_POLICIES = ("wait", "keep")
 
 
@@ -40,6 +42,15 @@ class RolloutConfig:
         max_requests_per_server: Requests in flight on one server (its cap). One number, or one by
             address; None asks the server (vLLM ``max_num_seqs``), else 256. Never set it below
             what the server can run: that costs its full shortfall.
+        queue_order: In what order requests that wait get the slots that come free. ``fifo``
+            (default); ``deadline``, the oldest admissible version first; ``longest_expected``, by
+            what earlier answers to the same prompt say, so that a batch does not end with one long
+            answer on idle servers. The last pays where many requests are queued at once, as in
+            synchronous training or evaluation, and learns across epochs where prompts carry a
+            ``prompt_id``.
+        queue_overtakes_max: Younger requests that may be served before a waiting one, where the
+            order is not ``fifo``; then it goes first. Choose it above the requests of one batch,
+            or the order ends with it.
         straggler_policy: What happens when a long rollout would be overtaken. ``wait`` (default):
             batches leave in permit order, and no consumed token is ever older than
             ``max_staleness``. ``keep``: AReaL's behaviour; younger ones overtake, and violations
@@ -91,6 +102,8 @@ class RolloutConfig:
     max_concurrent_rollouts: int | None = None
     schedule_policy: SchedulePolicyName = "least_request"
     max_requests_per_server: int | Mapping[str, int] | None = None
+    queue_order: QueueOrder = "fifo"
+    queue_overtakes_max: int = 4096
     straggler_policy: StragglerPolicy = "wait"
     queue_size: int | None = None
     seed: int = 0
@@ -126,6 +139,7 @@ class RolloutConfig:
         self._check_servers()
         _one_of("backend", self.backend, BACKENDS)
         _one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
+        _one_of("queue_order", self.queue_order, QUEUE_ORDERS)
         _one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
         self._check_counts()
         self._check_caps()
@@ -143,6 +157,7 @@ class RolloutConfig:
             ("max_staleness", 0),
             ("max_concurrent_rollouts", 1),
             ("queue_size", 1),
+            ("queue_overtakes_max", 0),
             ("vocab_size", 1),
             ("max_consecutive_failures", 1),
             ("max_interruptions", 0),

@@ -27,6 +27,7 @@ from .errors import (
     ServerError,
     TransportError,
 )
+from .ordering import Origin
 from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerStatistics
 from .supervision import supervise
 from .transport import HttpTransport, Transport, ensure_descriptors
@@ -82,7 +83,9 @@ class RemoteEngine:
         """
         return self.pool.paused(mode)
 
-    async def agenerate(self, request: ModelRequest, *, min_version: int = 0) -> ModelResponse:
+    async def agenerate(
+        self, request: ModelRequest, *, min_version: int = 0, prompt_id: str | None = None
+    ) -> ModelResponse:
         """Generate one answer.
 
         A server that dies, resets, times out, answers 5xx or nonsense costs time only: the
@@ -96,6 +99,8 @@ class RemoteEngine:
             request: What to generate.
             min_version: Only servers with weights at least this new; the executor passes the
                 version of the rollout's permit, so that no token is older than it.
+            prompt_id: Of the rollout's prompt, the same in every epoch; None takes the request's
+                ``session``. It matters to ``queue_order="longest_expected"`` alone.
 
         Returns:
             Tokens, logprobs and versions of one length.
@@ -106,15 +111,16 @@ class RemoteEngine:
             RolloutError: If ``max_failovers`` or ``max_interruptions`` is used up, or if going on
                 would not be exact.
         """
-        generation = self._plan(request, min_version)
+        generation = self._plan(request, Origin(prompt_id or request.session, min_version))
         started = trio.current_time()
         while not generation.finished:
             await self._run_segment(generation)
+        self.pool.answered(generation.origin, generation.count)
         return generation.response(latency_s=trio.current_time() - started)
 
     # --- before anything is sent ---------------------------------------------------------------
 
-    def _plan(self, request: ModelRequest, min_version: int) -> _Generation:
+    def _plan(self, request: ModelRequest, origin: Origin) -> _Generation:
         gconfig, prompt = request.gconfig, request.input_ids
         if gconfig.n_samples != 1:
             raise InvalidRequest(
@@ -125,7 +131,7 @@ class RemoteEngine:
             raise InvalidRequest("the prompt is empty")
         self._check_vocabulary(prompt)
         budget = self._budget(len(prompt), gconfig)
-        return _Generation(request, request.rid or uuid.uuid4().hex, budget, min_version)
+        return _Generation(request, request.rid or uuid.uuid4().hex, budget, origin)
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.smallest("vocab_size")
@@ -157,6 +163,7 @@ class RemoteEngine:
             min_version=generation.lowest_admissible_version,
             prefer=generation.server,
             at_head=generation.under_way,
+            origin=generation.origin,
         ) as lease:
             generation.wait_s += trio.current_time() - asked
             segment = generation.next_segment(self.config, lease)
@@ -300,7 +307,7 @@ class _Generation:
     request: ModelRequest
     rid: str
     budget: int
-    min_version: int
+    origin: Origin
     server: str | None = None
     wait_s: float = 0.0
     interruptions: int = 0
@@ -329,7 +336,7 @@ class _Generation:
     def lowest_admissible_version(self) -> int:
         """Versions never go back within a generation (I8), nor below the permit's."""
         last = int(self.versions[-1][-1]) if self.count else PROMPT_VERSION
-        return max(self.min_version, last)
+        return max(self.origin.version, last)
 
     def next_segment(self, config: RolloutConfig, lease: Lease) -> SegmentRequest:
         gconfig = self.request.gconfig

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -51,15 +51,21 @@ class RolloutEngine:
     Args:
         engine: What really generates.
         min_version: The version of the permit; 0 where there is none.
+        prompt_id: Of the rollout's prompt.
     """
 
-    def __init__(self, engine: RemoteEngine, min_version: int) -> None:
+    __slots__ = ("_engine", "_min_version", "_prompt_id")
+
+    def __init__(self, engine: RemoteEngine, min_version: int, prompt_id: str) -> None:
         self._engine = engine
         self._min_version = min_version
+        self._prompt_id = prompt_id
 
-    async def agenerate(self, request: ModelRequest, /) -> ModelResponse:
-        """See ``RemoteEngine.agenerate``."""
-        return await self._engine.agenerate(request, min_version=self._min_version)
+    def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:
+        """See ``RemoteEngine.agenerate``: this is its coroutine, with no frame around it."""
+        return self._engine.agenerate(
+            request, min_version=self._min_version, prompt_id=self._prompt_id
+        )
 
     def get_version(self) -> int:
         """The version that every server in service has."""
@@ -462,7 +468,8 @@ class WorkflowExecutor:
         scope = group.scopes[index]
         try:
             with scope:
-                engine = RolloutEngine(self.engine, group.permit.version if group.permit else 0)
+                version = group.permit.version if group.permit else 0
+                engine = RolloutEngine(self.engine, version, group.prompt_id)
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.cancelled:

@@ -7,8 +7,8 @@ use it).
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ import outcome
 import trio
 
 from .errors import RolloutClosed, UsageError
+from .ordering import UNKNOWN_ORIGIN, Line, Origin
 from .scheduling import SchedulePolicy, Slot
 
 
@@ -74,23 +75,24 @@ class LeaseQueue:
         policy: Which server is next.
         barred: Given the servers a waiter excludes and the version it needs, the addresses it can
             not use at this moment. Asked anew at each decision, because servers come and go.
+        line: In what order requests are served; None serves them as they come.
     """
 
-    def __init__(self, policy: SchedulePolicy, barred: Barred) -> None:
+    def __init__(
+        self, policy: SchedulePolicy, barred: Barred, line: Line[Waiter] | None = None
+    ) -> None:
         self.policy = policy
         self._barred = barred
-        # Parked requests, oldest first. An OrderedDict, because taking the first entry of a plain
-        # dict costs O(entries removed so far).
-        self._waiters: OrderedDict[Waiter, None] = OrderedDict()
+        self._line = Line[Waiter]() if line is None else line
         self._closed = False
 
     def __len__(self) -> int:
         """Requests parked."""
-        return len(self._waiters)
+        return len(self._line)
 
     def __iter__(self) -> Iterator[Waiter]:
         """The parked requests, the next one first."""
-        return iter(self._waiters)
+        return iter(self._line)
 
     async def acquire(
         self,
@@ -99,6 +101,7 @@ class LeaseQueue:
         prefer: str | None,
         *,
         at_head: bool = False,
+        origin: Origin = UNKNOWN_ORIGIN,
     ) -> HeldSlot:
         """Take a slot, waiting while none is free.
 
@@ -110,6 +113,7 @@ class LeaseQueue:
             min_version: Only servers with weights at least this new.
             prefer: Used if it has a free slot.
             at_head: Wait before all others: a generation that was interrupted goes on first.
+            origin: What its place in the line depends on.
 
         Raises:
             RolloutClosed: If the queue was closed, before or during the wait.
@@ -120,19 +124,19 @@ class LeaseQueue:
         slot = self._take(exclude, min_version, prefer)
         if slot is None:
             waiter = Waiter(trio.lowlevel.current_task(), exclude, min_version)
-            slot = await self._park(waiter, at_head)
+            if at_head:
+                self._line.enter_at_head(waiter)
+            else:
+                self._line.enter(waiter, origin)
+            slot = await self._park(waiter)
         return HeldSlot(self, slot)
 
     def _take(self, exclude: frozenset[str], min_version: int, prefer: str | None) -> Slot | None:
         return self.policy.acquire(exclude=self._barred(exclude, min_version), prefer=prefer)
 
-    async def _park(self, waiter: Waiter, at_head: bool) -> Slot:
-        self._waiters[waiter] = None
-        if at_head:
-            self._waiters.move_to_end(waiter, last=False)
-
+    async def _park(self, waiter: Waiter) -> Slot:
         def abort(_: object) -> trio.lowlevel.Abort:
-            del self._waiters[waiter]
+            self._line.leave(waiter)
             return trio.lowlevel.Abort.SUCCEEDED
 
         slot: Slot = await trio.lowlevel.wait_task_rescheduled(abort)
@@ -144,29 +148,36 @@ class LeaseQueue:
         self.hand_over()
 
     def hand_over(self) -> None:
-        """Give free slots to waiters, oldest first, each to the first that may use it."""
-        if not self._waiters:
+        """Give free slots to waiters, in the line's order, each to the first that may use it."""
+        if not self._line:
             return
         for waiter in list(self._worth_asking()):
             slot = self._take(waiter.exclude, waiter.min_version, None)
             if slot is not None:
-                del self._waiters[waiter]
+                self._line.leave(waiter)
                 trio.lowlevel.reschedule(waiter.task, outcome.Value(slot))
 
-    def _worth_asking(self) -> Iterator[Waiter]:
+    def _worth_asking(self) -> Generator[Waiter, None, None]:
         """The waiters that could take a slot: as many as are free, and the choosy among them."""
         free = self.policy.free()
-        for waiter in self._waiters:
-            if free <= 0:
-                return
-            yield waiter
-            if not self._barred(waiter.exclude, waiter.min_version):
-                free -= 1
+        if free <= 0:
+            return
+        with closing(iter(self._line)) as line:
+            for waiter in line:
+                yield waiter
+                if not self._barred(waiter.exclude, waiter.min_version):
+                    free -= 1
+                if free == 0:
+                    return
+
+    def learn(self, prompt: str | None, tokens: int) -> None:
+        """An answer to a prompt has ended, with so many tokens; the line may change."""
+        self._line.learn(prompt, tokens)
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
         """Wake every waiter with an error of its own."""
-        while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
+        for waiter in list(self._line):
+            self._line.leave(waiter)
             trio.lowlevel.reschedule(waiter.task, outcome.Error(error()))
 
     def close(self) -> None:

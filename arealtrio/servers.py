@@ -25,7 +25,8 @@ from .errors import (
     TransportError,
     UsageError,
 )
-from .leases import HeldSlot, LeaseQueue
+from .leases import HeldSlot, LeaseQueue, Waiter
+from .ordering import UNKNOWN_ORIGIN, Line, Origin, make_line
 from .scheduling import DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
 from .transport import Transport
 from .types import HttpRequest, HttpResponse, PauseMode, TimeLimits
@@ -170,7 +171,8 @@ class ServerPool:
         self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
-        self._leases = LeaseQueue(self._policy, self._barred)
+        line: Line[Waiter] = make_line(config.queue_order, config.queue_overtakes_max)
+        self._leases = LeaseQueue(self._policy, self._barred, line)
         self._newest_told = 0
 
     # --- what there is -----------------------------------------------------------------------
@@ -237,6 +239,7 @@ class ServerPool:
         min_version: int = 0,
         prefer: str | None = None,
         at_head: bool = False,
+        origin: Origin = UNKNOWN_ORIGIN,
     ) -> Lease:
         """Take a slot on the best server, waiting in the queue while none is free.
 
@@ -249,13 +252,20 @@ class ServerPool:
             min_version: Only servers whose weights are at least this new.
             prefer: The server that holds the session's prefix; used if it has a free slot.
             at_head: Wait before all others: a generation that was interrupted goes on first.
+            origin: What its place in the queue depends on, under the orders other than ``fifo``.
 
         Raises:
             RolloutClosed: If the pool was closed, before or during the wait.
             NoServerAvailable: If no server has been in service for ``no_server_grace_s``.
         """
-        slot = await self._leases.acquire(exclude, min_version, prefer, at_head=at_head)
+        slot = await self._leases.acquire(
+            exclude, min_version, prefer, at_head=at_head, origin=origin
+        )
         return Lease(self, self._servers[slot.address], slot)
+
+    def answered(self, origin: Origin, tokens: int) -> None:
+        """An answer has ended, with so many tokens: what is expected of its prompt may change."""
+        self._leases.learn(origin.prompt, tokens)
 
     def _barred(self, exclude: frozenset[str], min_version: int) -> frozenset[str]:
         """What a request can not use: servers older than it needs, and those that failed it.

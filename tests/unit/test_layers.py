@@ -70,9 +70,9 @@ DOORS = {
     "numpy": "*",
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
-    "trio": (
+    "trio": (  # the other rooms decide; they never wait
         "cli demo controller executor groups waiting engine weights supervision servers leases "
-        "transport reward workflow observe embedded testing"  # the other rooms decide; they never wait
+        "transport reward workflow observe embedded testing"
     ),
     # Of the standard library: threads, processes and sockets have doors too.
     "asyncio": "",
