@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import arealtrio
 from arealtrio.demo.fleet import server_processes
 from arealtrio.demo.task import base_model
 from arealtrio.embedded.model import WEIGHTS_FILE
@@ -47,6 +48,7 @@ def test_servers_are_of_the_arealtrio_that_runs_not_of_one_that_lies_around(
     (tmp_path / "arealtrio").mkdir()
     (tmp_path / "arealtrio" / "__init__.py").write_text("raise ImportError('not this one')")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(arealtrio.__file__).parents[1]))  # it may be relative
     with server_processes(1, weights, tmp_path) as (server,):
         server.check_alive()
 
