@@ -234,6 +234,13 @@ cdef class StalenessCounters:
         self._add(0, -n)
         self._charged += n
 
+    def discard(self, int64_t n=1):
+        """Take n accepted rollouts back before they were consumed: they give their budget back."""
+        _require_count(n)
+        self._add(0, n)
+        self._accepted -= n
+        self._rejected += n
+
     # ---- setting
 
     def set_version(self, int64_t version):

@@ -269,6 +269,14 @@ class StalenessManager:
         """
         self._counters.charge(n)
 
+    def discard(self, n: int = 1) -> None:
+        """Count n accepted rollouts as rejected: they were dropped before anybody consumed them.
+
+        Args:
+            n: How many; at least 0.
+        """
+        self._counters.discard(n)
+
     def on_rollout_enqueued(self) -> None:
         """Count one as waiting to be submitted."""
         self._counters.enqueue()

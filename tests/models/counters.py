@@ -54,6 +54,10 @@ class PlainCounters:
         self.running -= n
         self.rejected += n
 
+    def discard(self, n: int) -> None:
+        self.accepted -= n
+        self.rejected += n
+
     def charge(self, n: int) -> None:
         self.charged += n
 

@@ -77,6 +77,10 @@ class CountersMachine(RuleBasedStateMachine):
         self.both("reject", n)
 
     @rule(n=counts)
+    def discard(self, n: int) -> None:
+        self.both("discard", n)
+
+    @rule(n=counts)
     def charge(self, n: int) -> None:
         self.both("charge", n)
 
@@ -96,7 +100,7 @@ class CountersMachine(RuleBasedStateMachine):
     def negative_counts(self, n: int) -> None:
         calls: tuple[Callable[[int], object], ...] = (
             self.real.enqueue, self.real.try_submit, self.real.submit, self.real.accept,
-            self.real.reject, self.real.charge)  # fmt: skip
+            self.real.reject, self.real.charge, self.real.discard)  # fmt: skip
         for call in calls:
             with pytest.raises(ValueError, match="must not be negative"):
                 call(n)

@@ -219,6 +219,16 @@ def test_a_short_batch_buys_nothing() -> None:
     assert manager.get_capacity() == 3
 
 
+def test_what_is_dropped_before_it_was_consumed_gives_its_budget_back() -> None:
+    manager, _ = manager_of(batch=2, staleness=0)
+    for _ in range(2):
+        granted(manager).accept()
+    assert manager.try_submit() is None
+    manager.discard(1)
+    assert (manager.get_stats().accepted, manager.get_stats().rejected) == (1, 1)
+    assert manager.try_submit() is not None
+
+
 # ---- permits
 
 
