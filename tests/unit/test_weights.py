@@ -2,102 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 import trio.testing
 
-from arealtrio.config import RolloutConfig
-from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import ConnectFailed, UsageError, WeightUpdateError
+from arealtrio.engine import RemoteEngine
+from arealtrio.errors import UsageError, WeightUpdateError
 from arealtrio.servers import ServerState
-from arealtrio.testing import (
-    FixedLengths,
-    SimulatedFleet,
-    SimulatedServerSettings,
-    checkpoint,
-    made_by,
-    open_fleet,
-    simulated_executor,
-)
-from arealtrio.transport import RESPONSE_SIZE_BYTES_MAX
-from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse, TimeLimits
+from arealtrio.testing import checkpoint, made_by, simulated_executor
+from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
+from .faulty import Fault, faulty_engine, refuses_to_load, unreachable
 from .puppet import Deferred, Instant, Puppet, check_counts, prompts, settled
 
 Clock = trio.testing.MockClock
-Fault = Callable[[str, HttpRequest], HttpResponse | None]
-
-
-class Faulty:
-    """A transport in front of a fleet: ``fault`` may answer, or raise, in a server's place."""
-
-    def __init__(self, fleet: SimulatedFleet) -> None:
-        self.fleet = fleet
-        self.asked: list[tuple[str, str]] = []
-        self.fault: Fault = lambda *_: None
-
-    async def request(
-        self,
-        base_url: str,
-        request: HttpRequest,
-        limits: TimeLimits,
-        *,
-        headers: Sequence[tuple[str, str]] = (),
-        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
-    ) -> HttpResponse:
-        await trio.lowlevel.checkpoint()
-        self.asked.append((base_url, request.path))
-        answer = self.fault(base_url, request)
-        if answer is not None:
-            return answer
-        return await self.fleet.request(
-            base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
-        )
-
-    def stream(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fleet.stream(*args, **kwargs)
-
-    async def aclose(self) -> None:
-        await self.fleet.aclose()
-
-
-def refuses_to_load(*addresses: str) -> Fault:
-    def fault(address: str, request: HttpRequest) -> HttpResponse | None:
-        if address in addresses and request.path.startswith("/collective_rpc"):
-            body = {"error": {"message": "no such file", "type": "x", "param": None, "code": 400}}
-            return HttpResponse(
-                400, {"content-type": "application/json"}, msgspec.json.encode(body)
-            )
-        return None
-
-    return fault
-
-
-def unreachable(*addresses: str, path: str = "") -> Fault:
-    def fault(address: str, request: HttpRequest) -> HttpResponse | None:
-        if address in addresses and request.path.startswith(path):
-            raise ConnectFailed(f"{address} refused the connection")
-        return None
-
-    return fault
-
-
-@asynccontextmanager
-async def faulty_engine(
-    servers: int = 2, load_time_s: float = 0.0, length: int = 100, **config: Any
-) -> AsyncIterator[tuple[RemoteEngine, Faulty]]:
-    settings = [SimulatedServerSettings(load_time_s=load_time_s)] * servers
-    async with open_fleet(settings, lengths=FixedLengths(length)) as fleet:
-        faulty = Faulty(fleet)
-        chosen = RolloutConfig(servers=fleet.addresses, **config)
-        async with open_engine(chosen, transport=faulty) as engine:
-            yield engine, faulty
 
 
 def states(engine: RemoteEngine) -> list[str]:
