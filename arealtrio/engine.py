@@ -188,7 +188,9 @@ class RemoteEngine:
             raise error
         self._check_may_resume(generation, error)
         self.failovers += 1
+        server.failovers += 1
         self.tokens_kept += generation.count
+        server.tokens_kept += generation.count
 
     async def _ask(self, lease: Lease, segment: SegmentRequest) -> SegmentResponse:
         server, dialect = lease.server, self.pool.dialect
@@ -196,7 +198,8 @@ class RemoteEngine:
         server.requests += 1
         done = False
         try:
-            response = await self.pool.send(server, request, self.config.segment_limits())
+            with self.pool.attached(server):
+                response = await self.pool.send(server, request, self.config.segment_limits())
             done = True
         except TransportError as exc:
             done = not exc.request_sent
@@ -250,13 +253,20 @@ class RemoteEngine:
     def _check_belief(self, lease: Lease, spans: Sequence[VersionSpan]) -> None:
         """Take a server out whose last tokens are of other weights than the pool believes it has.
 
-        It restarted, or somebody else updates it. An update that lands while the answer is on its
-        way moves the belief from the lease's version to the server's.
+        It restarted, or somebody else updates it. What else it is working on is lost as well. An
+        update that lands while the answer is on its way moves the belief from the lease's version
+        to what the server was told. One that takes no label says what it likes.
         """
-        believed = range(lease.version, max(lease.version, lease.server.version) + 1)
-        if spans and spans[-1].version not in believed and lease.server.state in IN_SERVICE:
-            words = f"it reports version {spans[-1].version}, not {lease.server.version}"
-            self.pool.mark_stale(lease.server, words)
+        server = lease.server
+        if not spans or not server.labelled:
+            return
+        bounds = (lease.version, server.version, server.told)
+        if spans[-1].version not in range(min(bounds), max(bounds) + 1):
+            words = f"it reports version {spans[-1].version}, not {server.version}"
+            if server.state in IN_SERVICE:
+                self.pool.mark_stale(server, words)
+                self.pool.cut_off(server)
+            raise ProtocolError(f"{server.address}: {words}; its tokens are dropped")
 
     def _check_span(self, lease: Lease, span: VersionSpan) -> None:
         version = span.version or 0
@@ -376,12 +386,11 @@ class _Generation:
                 f"{server} answered {count} tokens and {len(answer.logprobs)} logprobs "
                 f"where at most {asked} were asked for"
             )
-        floor = self.lowest_admissible_version if self.count else PROMPT_VERSION
+        floor = self.lowest_admissible_version
         if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
-            raise ProtocolError(f"{server} reports weight versions that go back")
+            raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
         self.stop_reason = answer.stop_reason
         self.server = server
-        self.failed_on = frozenset()
         self.failed_on = frozenset()
         if count:
             self.tokens.append(answer.token_ids)

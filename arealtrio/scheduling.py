@@ -28,7 +28,7 @@ DEFAULT_MAX_CONCURRENT_PER_SERVER = 256
 server runs at once, or a few above: a cap too low costs its whole shortfall, one too high next to
 nothing."""
 
-_CAP_MAX = 2**20  # the heap's
+CAP_MAX = 2**20  # the heap's
 
 
 @final
@@ -228,9 +228,9 @@ class RoundRobinPolicy:
 
     def set_cap(self, server: str, cap: int) -> None:
         """See SchedulePolicy. A new server joins at the end of the rotation."""
-        if not 0 <= cap <= _CAP_MAX:
+        if not 0 <= cap <= CAP_MAX:
             raise ConfigError(
-                f"server {server}: a server's cap must be in 0 … {_CAP_MAX}, not {cap}"
+                f"server {server}: a server's cap must be in 0 … {CAP_MAX}, not {cap}"
             )
         if server in self._servers:
             self._servers[server].cap = cap

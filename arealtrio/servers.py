@@ -20,6 +20,7 @@ from .config import RolloutConfig, normalise_address
 from .errors import (
     ConfigError,
     NoServerAvailable,
+    ProtocolError,
     RequestRejected,
     RolloutError,
     TransportError,
@@ -27,7 +28,7 @@ from .errors import (
 )
 from .leases import HeldSlot, LeaseQueue, Waiter
 from .ordering import UNKNOWN_ORIGIN, Line, Origin, make_line
-from .scheduling import DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
+from .scheduling import CAP_MAX, DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
 from .transport import Transport
 from .types import HttpRequest, HttpResponse, PauseMode, TimeLimits
 from .wire.dialect import Dialect, ServerInfo, ServerLoad
@@ -49,6 +50,7 @@ class ServerState(enum.Enum):
 
 IN_SERVICE = (ServerState.READY, ServerState.PAUSED)  # takes requests now, or in a moment
 OUT_OF_ORDER = (ServerState.JOINING, ServerState.EJECTED, ServerState.STALE)
+LEAVING = (ServerState.DRAINING, ServerState.GONE)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,11 +62,20 @@ class Server:
         info: What it said about itself.
         cap: Requests in flight at most, while it is in service; 0 before it is known.
         version: The weights it was last told to serve, and confirmed.
+        told: The newest it was told to load, confirmed or not.
+        labelled: It carries a label that we gave it, so what it reports can be held to that.
         state: Whether it takes requests.
         reason: Why it is out of order, in words.
         requests: Generation requests sent to it since the pool opened.
-        failures: Requests and health checks that failed since the last that did not.
+        failovers: Generations that it failed, and that went on.
+        tokens_kept: Tokens that those had, and did not have to make again.
+        ejections: Times that it was ejected.
+        failures: Requests that failed since the last that did not.
+        sick: Health checks that failed since the last that did not.
+        probes: Times it was looked at since it last proved itself; the interval grows with them.
         frozen: It was paused and not resumed: a server whose update failed must not generate.
+        tainted: A load failed or was cut short, so its weights are not known.
+        held: Pause scopes that hold it now.
         trial_cap: Requests it may have while it proves itself after a failure; None: its cap.
     """
 
@@ -72,14 +83,25 @@ class Server:
     info: ServerInfo = field(default_factory=ServerInfo)
     cap: int = 0
     version: int = 0
+    told: int = 0
+    labelled: bool = False
     state: ServerState = ServerState.JOINING
     reason: str = ""
     requests: int = 0
+    failovers: int = 0
+    tokens_kept: int = 0
+    ejections: int = 0
     failures: int = 0
+    sick: int = 0
+    probes: int = 0
     frozen: bool = False
+    tainted: bool = False
+    held: int = 0
     trial_cap: int | None = None
     changed: trio.Event = field(default_factory=trio.Event)
     control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
+    restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
+    in_flight: set[trio.CancelScope] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +115,9 @@ class ServerStatistics:
     outstanding: int
     requests: int
     reason: str = ""
+    ejections: int = 0
+    failovers: int = 0
+    tokens_kept: int = 0
 
 
 class Lease:
@@ -167,6 +192,8 @@ class ServerPool:
         self.version = 0
         self.recipe: Sequence[HttpRequest] | None = ()  # version 0 is what a server starts with
         self.service_changed = trio.Event()
+        self.update_lock = trio.Lock()  # versions reach every server in one order
+        self._pauses = 0  # scopes that hold the whole pool
         self._transport = transport
         self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
@@ -212,6 +239,9 @@ class ServerPool:
                 outstanding=self.outstanding(server) if self._is_known(server) else 0,
                 requests=server.requests,
                 reason=server.reason,
+                ejections=server.ejections,
+                failovers=server.failovers,
+                tokens_kept=server.tokens_kept,
             )
             for server in self.servers
         )
@@ -293,11 +323,13 @@ class ServerPool:
 
         Raises:
             UsageError: If it is there already.
-            ConfigError: If the address is none.
+            ConfigError: If the address is none, or the cap is no integer of at least 1.
         """
         address = normalise_address(address)
         if address in self._servers:
             raise UsageError(f"{address} is in the pool, {self._servers[address].state.value}")
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
+            raise ConfigError(f"a server's cap must be an integer of at least 1, not {cap!r}")
         server = Server(address)
         server.cap = cap or 0
         self._servers[address] = server
@@ -332,10 +364,11 @@ class ServerPool:
             UsageError: If it is not there, or the cap is negative.
         """
         server = self.named(address)
-        if cap < 0:
-            raise UsageError(f"a cap is at least 0, not {cap}")
+        if isinstance(cap, bool) or not isinstance(cap, int) or not 0 <= cap <= CAP_MAX:
+            raise UsageError(f"a cap is an integer in 0 … {CAP_MAX}, not {cap!r}")
         server.cap = cap
-        server.trial_cap = None
+        if server.trial_cap is not None and server.trial_cap >= cap:
+            server.trial_cap = None
         self.set_state(server, server.state, server.reason)
 
     def named(self, address: str) -> Server:
@@ -358,43 +391,93 @@ class ServerPool:
             allowed = server.cap if server.trial_cap is None else server.trial_cap
             self._policy.set_cap(server.address, allowed if state is ServerState.READY else 0)
         self._leases.hand_over()
-        for event in (server.changed, self.service_changed):
-            event.set()
-        server.changed, self.service_changed = trio.Event(), trio.Event()
+        changed, server.changed = server.changed, trio.Event()
+        changed.set()
+        changed, self.service_changed = self.service_changed, trio.Event()
+        changed.set()
 
     def succeeded(self, server: Server) -> None:
         """A request to a server went well; one on trial may have twice as many (slow start)."""
         server.failures = 0
-        if server.trial_cap is not None:
-            doubled = server.trial_cap * 2
-            server.trial_cap = doubled if doubled < server.cap else None
-            self.set_state(server, server.state, server.reason)
+        if server.state not in IN_SERVICE:
+            return  # it was sent before the server went out of service, and proves nothing
+        if server.trial_cap is None:
+            server.probes = 0
+            return
+        doubled = server.trial_cap * 2
+        server.trial_cap = doubled if doubled < server.cap else None
+        self.set_state(server, server.state, server.reason)
 
     def failed(self, server: Server, error: RolloutError) -> None:
-        """A request to a server, or a health check, failed; too many in a row eject it."""
+        """A request to a server failed; too many in a row eject it."""
         server.failures += 1
+        self._judge(server, server.failures, error)
+
+    def healthy(self, server: Server) -> None:
+        """A health check went well. It says nothing of requests, so their count stands."""
+        server.sick = 0
+
+    def unhealthy(self, server: Server, error: RolloutError) -> None:
+        """A health check or a probe failed; too many in a row eject the server.
+
+        One that is out of service and can not be reached loses what it was sent before, too: else
+        those requests would wait for an answer until ``segment_timeout_s``.
+        """
+        server.sick += 1
+        self._judge(server, server.sick, error)
+        unreachable = isinstance(error, TransportError)
+        if unreachable and server.state in OUT_OF_ORDER and self._is_too_many(server.sick):
+            self.cut_off(server)
+
+    def _judge(self, server: Server, failures: int, error: RolloutError) -> None:
+        """Eject a server that failed too often; one on trial, at once."""
         if server.state is not ServerState.READY:
             return
-        if server.trial_cap is None and server.failures < self.config.eject_after_failures:
+        if server.trial_cap is None and not self._is_too_many(failures):
             return
         if isinstance(error, TransportError) and not error.request_sent:
             self._eject(server, error)  # nobody is there: no signal that could be wrong
         elif self._may_eject_another():
             self._eject(server, error)
 
+    def _is_too_many(self, failures: int) -> bool:
+        return failures >= self.config.eject_after_failures
+
     def _may_eject_another(self) -> bool:
         """Never the last half of the fleet on a signal that can be wrong for all at once."""
-        out = sum(s.state is ServerState.EJECTED for s in self._servers.values())
-        return 2 * (out + 1) <= len(self._servers)
+        fleet = sum(s.state not in LEAVING for s in self._servers.values())
+        return 2 * (len(self.in_service) - 1) >= fleet
 
     def _eject(self, server: Server, error: RolloutError) -> None:
+        server.ejections += 1
         server.trial_cap = 1  # for when it returns
         self.set_state(server, ServerState.EJECTED, f"{type(error).__name__}: {error}")
 
     def mark_stale(self, server: Server, reason: str) -> None:
         """Take a server out of service until it has the current weights."""
-        if server.state not in (ServerState.DRAINING, ServerState.GONE):
+        if server.state not in LEAVING:
             self.set_state(server, ServerState.STALE, reason)
+
+    @contextmanager
+    def attached(self, server: Server) -> Iterator[None]:
+        """Wait for an answer of a server within, no longer than it is worth waiting for.
+
+        Raises:
+            TransportError: If the server was cut off meanwhile; the wait is cancelled.
+        """
+        with trio.CancelScope() as scope:
+            server.in_flight.add(scope)
+            try:
+                yield
+            finally:
+                server.in_flight.discard(scope)
+        if scope.cancelled_caught:
+            raise TransportError(f"{server.address} was given up: {server.reason}")
+
+    def cut_off(self, server: Server) -> None:
+        """End every wait for an answer of a server: what it would answer is of no use any more."""
+        for scope in tuple(server.in_flight):
+            scope.cancel()
 
     def told(self, version: int) -> None:
         """Record that some server is about to be told to load ``version``."""
@@ -463,7 +546,7 @@ class ServerPool:
                 nursery.start_soon(ask, server)
         return found
 
-    async def learn(self, server: Server) -> None:
+    async def discover(self, server: Server) -> None:
         """Ask a server what it is."""
         limits = self.config.control_limits(self.config.control_timeout_s)
         answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
@@ -481,12 +564,30 @@ class ServerPool:
         Without it the first tokens would carry the server's own word ("default"), and their
         version would be a belief.
         """
+        server.told = version
         try:
             request = self.dialect.label_weights(version)
             await self.control(server, request, self.config.control_timeout_s)
         except RequestRejected as exc:
             if exc.status not in (404, 405):
                 raise
+            server.labelled = False
+        else:
+            server.labelled = True
+
+    async def confirm(self, server: Server, version: int) -> None:
+        """Ask a server which weights it has; raise if it is to have others.
+
+        Raises:
+            ProtocolError: It reports another version than it was given.
+        """
+        if not server.labelled:
+            return
+        limits = self.config.control_limits(self.config.control_timeout_s)
+        response = await self.send(server, self.dialect.weight_version(), limits)
+        reported = self.dialect.parse_weight_version(response)
+        if reported != version:
+            raise ProtocolError(f"it reports version {reported} after it was given {version}")
 
     # --- joining -----------------------------------------------------------------------------
 
@@ -514,10 +615,9 @@ class ServerPool:
         while True:  # a server is outside: it is asked at a named interval until it is up
             try:
                 await self.check_health(server)
-                await self.learn(server)
+                await self.discover(server)
                 server.version = self.version
-                if server.info.weight_version != self.version:
-                    await self.label(server, self.version)
+                await self.label(server, self.version)
                 break
             except RolloutError as exc:
                 last_words[server.address] = str(exc)
@@ -528,20 +628,28 @@ class ServerPool:
         self.set_state(server, ServerState.READY)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every server is in service.
+        """Wait until every server is ready, but those that are leaving.
 
         Raises:
             NoServerAvailable: If one is not within ``timeout_s``; each is named, with the reason.
         """
         with trio.move_on_after(timeout_s):
-            while any(s.state is not ServerState.READY for s in self.servers):
+            while self._not_ready():
                 await self.service_changed.wait()
             return
-        missing = [s for s in self.servers if s.state is not ServerState.READY]
+        missing = self._not_ready()
         words = "; ".join(f"{s.address} is {s.state.value} ({s.reason})" for s in missing)
         raise NoServerAvailable(f"not ready within {timeout_s:g} s: {words}")
 
+    def _not_ready(self) -> list[Server]:
+        fine = (ServerState.READY, *LEAVING)
+        return [server for server in self.servers if server.state not in fine]
+
     # --- pausing -----------------------------------------------------------------------------
+
+    def is_held(self, server: Server) -> bool:
+        """Whether a pause scope holds a server, or would if the server were in service."""
+        return bool(server.held or self._pauses)
 
     @asynccontextmanager
     async def paused(
@@ -552,47 +660,77 @@ class ServerPool:
         Every server that was asked is resumed, also when the block raises or is cancelled, within
         ``control_timeout_s``; one that can not be resumed becomes stale. Only a server marked
         ``frozen`` meanwhile stays as it is: its weights are not to be used. Nothing new is sent to
-        a server from before it is paused until after it is resumed.
+        a server from before it is paused until after it is resumed. Scopes may overlap: a server
+        goes on when the last that holds it ends. One that comes back into service waits for the
+        end of a scope that holds the whole pool.
 
         Args:
             mode: ``keep`` freezes requests and lets them go on (with the new weights, if they
-                changed); ``abort`` returns them with what they have; ``wait`` lets them finish.
-            servers: Which; None: all that are in service or stale.
+                changed); ``abort`` returns them with what they have; ``wait`` lets them finish,
+                within ``update_timeout_s``.
+            servers: Which; None: all, also those that are to be removed.
 
         Yields:
             The servers that could not be paused: address to what went wrong.
+
+        Raises:
+            ConfigError: For a mode that the dialect does not have; nothing was paused.
         """
-        able = (ServerState.READY, ServerState.STALE)
-        chosen = [s for s in (servers or self.servers) if s.state in able]
+        request = self.dialect.pause(mode)
+        whole_pool = servers is None
+        chosen = [s for s in (self.servers if servers is None else servers) if _can_pause(s)]
+        limit_s = self.config.update_timeout_s if mode == "wait" else self.config.control_timeout_s
         failed: dict[str, str] = {}
+        self._pauses += whole_pool
         try:
-            for server in chosen:
-                if server.state is ServerState.READY:
-                    self.set_state(server, ServerState.PAUSED)
-            await self._each(chosen, self.dialect.pause(mode), failed)
+            self._hold(chosen)
+            await self._each(chosen, request, limit_s, failed)
             yield failed
         finally:
+            self._pauses -= whole_pool
             with trio.CancelScope(shield=True):  # each request is bounded by control_timeout_s
-                await self._resume([s for s in chosen if not s.frozen])
+                await self._let_go(chosen)
+            if whole_pool:
+                self._announce_end_of_pause()
 
-    async def _resume(self, servers: Sequence[Server]) -> None:
-        failed: dict[str, str] = {}
-        await self._each(servers, self.dialect.resume(), failed)
+    def _hold(self, servers: Sequence[Server]) -> None:
         for server in servers:
+            server.held += 1
+            if server.state is ServerState.READY:
+                self.set_state(server, ServerState.PAUSED)
+
+    async def _let_go(self, servers: Sequence[Server]) -> None:
+        """Resume the servers that no other scope holds."""
+        for server in servers:
+            server.held -= 1
+        last = [s for s in servers if not s.held and not s.frozen]
+        failed: dict[str, str] = {}
+        await self._each(last, self.dialect.resume(), self.config.control_timeout_s, failed)
+        for server in last:
             if server.address in failed:
                 server.frozen = True
                 self.mark_stale(server, f"not resumed: {failed[server.address]}")
-            elif server.state is ServerState.PAUSED:
+            elif server.state is ServerState.PAUSED and not server.held:
                 self.set_state(server, ServerState.READY)
 
+    def _announce_end_of_pause(self) -> None:
+        """Wake the probes of servers that could have come back meanwhile."""
+        for server in self.servers:
+            if server.state in OUT_OF_ORDER:
+                self.set_state(server, server.state, server.reason)
+
     async def _each(
-        self, servers: Sequence[Server], request: HttpRequest, failed: dict[str, str]
+        self,
+        servers: Sequence[Server],
+        request: HttpRequest,
+        limit_s: float,
+        failed: dict[str, str],
     ) -> None:
         """Send one control request to several servers at once; note who failed, and go on."""
 
         async def one(server: Server) -> None:
             try:
-                await self.control(server, request, self.config.control_timeout_s)
+                await self.control(server, request, limit_s)
             except RolloutError as exc:
                 failed[server.address] = str(exc)
 
@@ -605,12 +743,21 @@ class ServerPool:
 
         A vLLM whose update failed answers the next generation with 500 and exits, so it must not
         generate once more: its requests are returned with the tokens they have, and it stays
-        paused until a load succeeds. Bounded by ``abort_timeout_s``; never raises for the server.
+        paused until a load succeeds. Where that can not be asked, its requests are cut off.
+        Bounded by ``abort_timeout_s``; never raises for the server.
         """
-        server.frozen = True
+        server.frozen = server.tainted = True
         self.mark_stale(server, reason)
-        with trio.move_on_after(self.config.abort_timeout_s):
-            await self._each([server], self.dialect.pause("abort"), {})
+        failed: dict[str, str] = {}
+        limit_s = self.config.abort_timeout_s
+        await self._each([server], self.dialect.pause("abort"), limit_s, failed)
+        if failed:
+            self.cut_off(server)
+
+
+def _can_pause(server: Server) -> bool:
+    """Whether it may be generating, and can be asked to stop."""
+    return server.state in (*IN_SERVICE, ServerState.STALE, ServerState.DRAINING)
 
 
 def _may_still_start(error: RolloutError) -> bool:

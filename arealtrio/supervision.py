@@ -6,10 +6,19 @@ Ejection is decided in ``servers``, from requests and health checks alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from .errors import RolloutError
-from .servers import IN_SERVICE, OUT_OF_ORDER, Server, ServerPool, ServerState
+from .servers import (
+    IN_SERVICE,
+    OUT_OF_ORDER,
+    Server,
+    ServerPool,
+    ServerState,
+)
+from .types import HttpRequest
 
 
 async def supervise(pool: ServerPool) -> None:
@@ -48,54 +57,111 @@ async def _check_once(pool: ServerPool, server: Server) -> None:
     try:
         await pool.check_health(server)
     except RolloutError as exc:
-        pool.failed(server, exc)
+        pool.unhealthy(server, exc)
     else:
-        if server.trial_cap is None:  # one on trial has to prove itself on real requests
-            server.failures = 0
+        pool.healthy(server)
 
 
 async def _bring_back(pool: ServerPool, server: Server) -> None:
-    """Probe a server at growing intervals until it is healthy and has the current weights."""
-    interval_s = pool.config.probe_interval_s
+    """Probe a server at growing intervals until it is healthy and has the current weights.
+
+    They go on growing where it comes back and fails again, until it has proved itself.
+    """
     while server.state in OUT_OF_ORDER:
-        with trio.move_on_after(interval_s):
+        with trio.move_on_after(_probe_interval_s(pool, server)):
             await server.changed.wait()
-        interval_s = min(2 * interval_s, pool.config.probe_interval_max_s)
-        if server.state in OUT_OF_ORDER:
+        server.probes += 1
+        if server.state in OUT_OF_ORDER and not pool.is_held(server):
             await _try_to_bring_back(pool, server)
 
 
+def _probe_interval_s(pool: ServerPool, server: Server) -> float:
+    """Seconds until the next look. Starting is no failure: a server that joins is not put off."""
+    config = pool.config
+    if server.state is ServerState.JOINING:
+        return config.probe_interval_s if server.probes else 0.0
+    doublings = min(server.probes, 60)  # a float has room for them
+    return min(config.probe_interval_s * 2.0**doublings, config.probe_interval_max_s)
+
+
 async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
-    try:
+    with trio.CancelScope() as server.restoring:  # an update with newer weights ends it
         async with server.control_lock:
-            await pool.check_health(server)
-            await pool.learn(server)
-            version = await _restore(pool, server)
-    except RolloutError as exc:
-        server.reason = f"{type(exc).__name__}: {exc}"
-        return
-    server.version = version
-    if server.state in OUT_OF_ORDER and version >= pool.version:  # no update overtook it
+            try:
+                await pool.check_health(server)
+                pool.healthy(server)
+                await pool.discover(server)
+                server.version = await _restore(pool, server)
+            except RolloutError as exc:
+                server.reason = f"{type(exc).__name__}: {exc}"
+                pool.unhealthy(server, exc)
+            else:
+                _take_back(pool, server)
+    server.restoring = None
+
+
+def _take_back(pool: ServerPool, server: Server) -> None:
+    """Put a server into service again, unless an update or a pause began meanwhile."""
+    overtaken = server.version < pool.version or pool.is_held(server)
+    if server.state in OUT_OF_ORDER and not overtaken:
         server.failures = 0
         pool.set_state(server, ServerState.READY)
 
 
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
-    version, recipe = pool.version, pool.recipe
-    if server.info.weight_version != version or server.frozen:
-        if recipe is None:
-            raise RolloutError(
-                f"its weights are of version {server.info.weight_version}, not {version}, and the "
-                "last update can not be repeated; it returns with the next"
-            )
-        for request in recipe:
-            await pool.control(server, request, pool.config.update_timeout_s)
+    _notice_restart(server)
+    version = server.version
+    if not _has_its_weights(pool, server):
+        version = pool.version
+        await _load(pool, server, _recipe_for(pool, server))
         await pool.label(server, version)
+    await pool.confirm(server, version)
+    server.tainted = False
     if server.frozen:
         await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
         server.frozen = False
     return version
+
+
+def _notice_restart(server: Server) -> None:
+    """A server that had our label and has none is another process, with its first weights."""
+    if server.labelled and server.info.weight_version is None:
+        server.labelled = server.tainted = False
+
+
+def _has_its_weights(pool: ServerPool, server: Server) -> bool:
+    """Whether it was out of service for another reason, and missed no update."""
+    ours = server.labelled and not server.tainted
+    return ours and server.info.weight_version == server.version >= pool.version
+
+
+def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
+    """The requests that bring a server to the pool's version, if anybody can."""
+    reported = server.info.weight_version
+    if pool.recipe is None:
+        if reported == pool.version and not server.tainted:
+            return ()
+        raise RolloutError(
+            f"its weights are of version {reported}, not {pool.version}, and the last update can "
+            "not be repeated; it returns with the next"
+        )
+    if not pool.recipe and (server.tainted or (server.labelled and reported is not None)):
+        raise RolloutError(
+            "its weights are not those that it started with, and no update of this run can be "
+            "repeated; it returns with the next, or when it is restarted"
+        )
+    return pool.recipe
+
+
+async def _load(pool: ServerPool, server: Server, recipe: Sequence[HttpRequest]) -> None:
+    """Load weights, under nobody's feet: what an ejected server still generates is returned."""
+    if not recipe:
+        return
+    server.frozen = server.tainted = True
+    await pool.control(server, pool.dialect.pause("abort"), pool.config.control_timeout_s)
+    for request in recipe:
+        await pool.control(server, request, pool.config.update_timeout_s)
 
 
 async def _fail_waiters_without_servers(pool: ServerPool) -> None:

@@ -120,6 +120,11 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
         WeightUpdateError: If fewer than ``min_updated`` servers took the weights. The version
             stays; the servers that failed are named and out of service.
     """
+    async with pool.update_lock:
+        return await _update_all(pool, update)
+
+
+async def _update_all(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
     started = trio.current_time()
     servers = [s for s in pool.servers if s.state in _TAKE_UPDATES]
     failed: dict[str, str] = {}
@@ -168,6 +173,9 @@ async def _update(
     if update.kind == "label":
         await _load_everywhere(pool, servers, update, failed)
         return
+    for server in servers:
+        if server.restoring is not None:  # it is being brought to weights that are old now
+            server.restoring.cancel()
     async with pool.paused(update.pause, servers) as not_paused:
         failed.update(not_paused)
         await _load_everywhere(pool, servers, update, failed)
@@ -184,24 +192,30 @@ async def _load_everywhere(
 async def _load_one(
     pool: ServerPool, server: Server, update: WeightUpdate, failed: dict[str, str]
 ) -> None:
-    if server.address in failed:  # it could not be paused, so nothing is known about it
-        await pool.freeze(server, f"update to version {update.version}: {failed[server.address]}")
-        return
-    try:
-        async with server.control_lock:
+    words = f"update to version {update.version}"
+    async with server.control_lock:
+        if server.address in failed:  # it could not be paused, so nothing is known about it
+            await pool.freeze(server, f"{words}: {failed[server.address]}")
+            return
+        try:
             await _send(pool, server, update)
-    except RolloutError as exc:
-        failed[server.address] = str(exc)
-        await pool.freeze(server, f"update to version {update.version}: {exc}")
-        return
-    except trio.Cancelled:  # what it serves now is not known
-        with trio.CancelScope(shield=True):
-            await pool.freeze(server, f"its update to version {update.version} was cancelled")
-        raise
+        except RolloutError as exc:
+            failed[server.address] = str(exc)
+            await pool.freeze(server, f"{words}: {exc}")
+            return
+        except trio.Cancelled:  # what it serves now is not known
+            with trio.CancelScope(shield=True):
+                await pool.freeze(server, f"its {words} was cancelled")
+            raise
+        _updated(pool, server, update)
+
+
+def _updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     server.version = update.version
-    server.frozen = False
-    if server.state is ServerState.STALE:  # it has what it missed; a paused one is resumed later
-        pool.set_state(server, ServerState.READY if update.kind == "label" else ServerState.PAUSED)
+    server.frozen = server.tainted = False
+    if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
+        held = pool.is_held(server)
+        pool.set_state(server, ServerState.PAUSED if held else ServerState.READY)
 
 
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
@@ -210,5 +224,7 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
         if server.frozen:
             await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
         return
+    server.told = update.version
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)
+    server.labelled = True
