@@ -86,6 +86,10 @@ class ServerInfo:
         vocab_size: Token ids are below this.
         weight_version: The weights it serves; None where its label is not an integer.
         token_in_token_out: Whether the route that reports weight versions is there.
+        streams_news: Whether an event of its stream holds the new tokens alone. Where each repeats
+            all from the start, n tokens take n²/2 entries, and are not worth a stream.
+        logprobs_tempered: Whether its logprobs are of the distribution that was sampled from, after
+            the temperature, and not of the model's own before it.
     """
 
     model: str | None = None
@@ -94,21 +98,73 @@ class ServerInfo:
     vocab_size: int | None = None
     weight_version: int | None = None
     token_in_token_out: bool = False
+    streams_news: bool = False
+    logprobs_tempered: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """The server's own gauges; they may lag behind by an engine step."""
+    """The server's own gauges; they may lag behind by an engine step.
+
+    Args:
+        running: Requests it decodes.
+        waiting: Requests in its own queue.
+        requests_finished: Since it started.
+        preemptions: Running requests that it put back into its queue, since it started; 0 where it
+            does not count them.
+        preempted: How many of those are in its queue now; 0 where it does not say.
+        kv_cache_usage: Share of its key-value cache in use, of its fullest engine.
+    """
 
     running: int
     waiting: int
     requests_finished: int
+    preemptions: int = 0
+    preempted: int = 0
+    kv_cache_usage: float = 0.0
+
+
+class StreamParser(Protocol):
+    """One streamed generation: bytes in, in whatever pieces they arrive, tokens kept.
+
+    What came can be had at any moment, and also after ``feed`` raised RequestRejected or
+    ServerError. After a ProtocolError nothing of it is to be believed.
+    """
+
+    @property
+    def count(self) -> int:
+        """Tokens that came so far."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the server said how the generation ended: then every token is there."""
+
+    def feed(self, data: bytes) -> None:
+        """Take what arrived.
+
+        Raises:
+            ProtocolError: If it does not follow the dialect.
+            RequestRejected: If the server says in mid-stream that the request is at fault.
+            ServerError: If it says that it failed.
+        """
+
+    def arrived(self) -> SegmentResponse:
+        """The tokens so far, as an answer that was aborted; no versions, which come at the end."""
+
+    def answer(self) -> SegmentResponse:
+        """The whole answer, equal to what ``parse_generate`` makes of an answer in one piece.
+
+        Raises:
+            ProtocolError: If it is not complete, or its version spans do not cover the tokens.
+        """
 
 
 class Dialect(Protocol):
     """The operations of one kind of server. Instances are immutable and shared."""
 
     name: str
+    dies_of_unknown_ids: bool
+    """Whether a token id outside the vocabulary ends the server, and all that it runs."""
 
     def discover(self) -> Sequence[HttpRequest]:
         """The questions whose answers, in this order, ``parse_discover`` reads."""
@@ -116,11 +172,16 @@ class Dialect(Protocol):
     def parse_discover(self, responses: Sequence[HttpResponse]) -> ServerInfo:
         """Read what the server is. An answer of 404 means that route is absent, not an error."""
 
-    def generate(self, segment: SegmentRequest, info: ServerInfo) -> HttpRequest:
-        """Ask for tokens, on the best route that ``info`` says is there."""
+    def generate(
+        self, segment: SegmentRequest, info: ServerInfo, *, stream: bool = False
+    ) -> HttpRequest:
+        """Ask for tokens, on the best route that ``info`` says is there; streamed, as they come."""
 
     def parse_generate(self, response: HttpResponse, info: ServerInfo) -> SegmentResponse:
         """Read tokens, logprobs and, where reported, version spans."""
+
+    def stream_parser(self) -> StreamParser:
+        """A fresh reader of one streamed generation."""
 
     def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
         """Stop one request by the id ``generate`` gave it."""

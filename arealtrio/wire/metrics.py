@@ -1,4 +1,4 @@
-"""Three numbers out of a Prometheus page, without a parser for the other thousand lines.
+"""A few numbers out of a Prometheus page, without a parser for the other thousand lines.
 
 A page of either server is about 70 KB, asked for at every health interval of every server, so it is
 searched by one compiled expression instead of being turned into objects.
@@ -25,34 +25,36 @@ def _samples(names: tuple[str, ...]) -> re.Pattern[bytes]:
     )
 
 
-def sum_samples(response: HttpResponse, server: str, names: Mapping[str, bool]) -> tuple[int, ...]:
-    """Add up each metric over all its labels (engines, models, finish reasons).
+def read_samples(
+    response: HttpResponse, server: str, names: Mapping[str, bool]
+) -> dict[str, list[float]]:
+    """Read each metric's values, one for each set of labels (engines, models, finish reasons).
 
     Args:
         response: The answer to ``GET /metrics``.
         server: Kind of the server, for the messages.
-        names: Metric name to whether it must be there; a counter that need not be counts as 0,
+        names: Metric name to whether it must be there; one that need not be has no values then,
             since SGLang shows a counter only once it was raised.
 
     Returns:
-        The sums, in the order of ``names``.
+        A list for each of ``names``.
 
     Raises:
         RequestRejected: On 4xx.
         ServerError: On 5xx.
-        ProtocolError: If a metric that must be there is not, or a value is not a number.
+        ProtocolError: If a metric that must be there is not, or a value is not a finite number.
     """
     check_status(response, server)
-    sums: dict[str, float] = {}
+    values: dict[str, list[float]] = {name: [] for name in names}
     for match in _samples(tuple(names)).finditer(response.body):
         name = match[1].decode()
-        sums[name] = sums.get(name, 0.0) + _number(match[2], name, server)
+        values[name].append(_number(match[2], name, server))
     for name, required in names.items():
-        if required and name not in sums:
+        if required and not values[name]:
             raise ProtocolError(
                 f"expected metric {name} from {server}, got {kind_of_body(response)} without it"
             )
-    return tuple(int(sums.get(name, 0.0)) for name in names)
+    return values
 
 
 def _number(text: bytes, name: str, server: str) -> float:

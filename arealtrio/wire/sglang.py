@@ -7,7 +7,7 @@ tests/golden/sglang-0.5.23 holds real exchanges of every route.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,11 +16,21 @@ from .._core.logprobs import Scanner, encode_ids
 from ..errors import ConfigError, ProtocolError
 from ..types import Float32Array, HttpRequest, HttpResponse, Int32Array, PauseMode, StopReason
 from . import body, metrics
-from .dialect import SegmentRequest, SegmentResponse, ServerInfo, ServerLoad, VersionSpan
+from .dialect import (
+    SegmentRequest,
+    SegmentResponse,
+    ServerInfo,
+    ServerLoad,
+    StreamParser,
+    VersionSpan,
+)
 from .segment import check_segment, top_k_of
 from .status import check_status, raise_refusal
+from .stream import End, Failure, News, TokenStream, check_failure, scan_event
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
+
+Array = TypeVar("Array", Int32Array, Float32Array)
 
 SERVER: Final = "SGLang"
 
@@ -42,6 +52,8 @@ LOAD_METRICS: Final = {
     "sglang:num_running_reqs": True,
     "sglang:num_queue_reqs": True,
     "sglang:num_requests_total": False,  # not there before the first request is done
+    "sglang:num_retracted_reqs": False,  # a gauge: those that are out now
+    "sglang:token_usage": False,
 }
 
 IDS: Final = "output_ids"
@@ -67,6 +79,17 @@ class _Answer(msgspec.Struct):
     meta_info: _MetaInfo
 
 
+class _Progress(msgspec.Struct):
+    finish_reason: _FinishReason | None = None
+    completion_tokens: int | None = None  # so far, whatever the event repeats of them
+    weight_versions: list[Span] | None = None
+
+
+class _Event(msgspec.Struct):
+    meta_info: _Progress | None = None
+    error: Failure | None = None
+
+
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
@@ -87,6 +110,7 @@ class _InternalState(msgspec.Struct):
 class _ServerInfo(msgspec.Struct):
     context_length: int | None = None
     max_running_requests: int | None = None
+    incremental_streaming_output: bool = False
     internal_states: list[_InternalState] = []  # one for each data-parallel scheduler
 
 
@@ -99,6 +123,7 @@ class SglangDialect:
     """Requests and answers of an SGLang server. Immutable; one instance serves every server."""
 
     name = "sglang"
+    dies_of_unknown_ids = True
     __slots__ = ()
 
     def discover(self) -> Sequence[HttpRequest]:
@@ -108,7 +133,8 @@ class SglangDialect:
     def parse_discover(self, responses: Sequence[HttpResponse]) -> ServerInfo:
         """Read what the server is; SGLang nowhere tells its vocabulary size.
 
-        An id outside the vocabulary ends the server, so configure ``vocab_size`` for it.
+        An id outside the vocabulary ends the server, so configure ``vocab_size`` for it. Its
+        logprobs are those of the softmax after the temperature, before top-p and top-k.
         """
         models, info, weights = responses
         listed = body.read_if_there(models, _Models, SERVER, "a list of models") or _Models()
@@ -120,9 +146,13 @@ class SglangDialect:
             max_concurrency=_concurrency(config),
             weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
             token_in_token_out=True,
+            streams_news=config.incremental_streaming_output,
+            logprobs_tempered=True,
         )
 
-    def generate(self, segment: SegmentRequest, info: ServerInfo) -> HttpRequest:
+    def generate(
+        self, segment: SegmentRequest, info: ServerInfo, *, stream: bool = False
+    ) -> HttpRequest:
         """Ask for tokens by ``/generate``; ``rid`` is the id that ``abort`` names.
 
         Raises:
@@ -134,7 +164,7 @@ class SglangDialect:
             "input_ids": msgspec.Raw(encode_ids(segment.token_ids)),
             "sampling_params": _sampling(segment, info),
             "return_logprob": True,
-            "stream": False,
+            "stream": stream,
         }
         if segment.gconfig.lora_name:
             question["lora_path"] = segment.model or segment.gconfig.lora_name
@@ -160,6 +190,14 @@ class SglangDialect:
         if answer.finish_reason.matched == NAN_MARK:
             raise_refusal(response, SERVER, "its logits were not numbers")
         return _segment_response(answer, columns)
+
+    def stream_parser(self) -> StreamParser:
+        """Read a stream whose events hold all tokens so far, or the new ones alone.
+
+        The former is the default: n tokens arrive as n²/2. With ``--incremental-streaming-output``
+        each comes once.
+        """
+        return TokenStream(SERVER, _read_event)
 
     def abort(
         self,
@@ -227,8 +265,16 @@ class SglangDialect:
         return body.get("/metrics")
 
     def parse_load(self, response: HttpResponse) -> ServerLoad:
-        """Add up the gauges of all its schedulers."""
-        return ServerLoad(*metrics.sum_samples(response, SERVER, LOAD_METRICS))
+        """Add up the gauges of all its schedulers; of their caches, the fullest counts."""
+        found = metrics.read_samples(response, SERVER, LOAD_METRICS).values()
+        running, waiting, finished, retracted, usage = found
+        return ServerLoad(
+            running=int(sum(running)),
+            waiting=int(sum(waiting)),
+            requests_finished=int(sum(finished)),
+            preempted=int(sum(retracted)),
+            kv_cache_usage=max(usage, default=0.0),
+        )
 
     def weight_version(self) -> HttpRequest:
         """Ask for the label."""
@@ -273,7 +319,7 @@ def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
 def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentResponse:
     stop_reason = _stop_reason(answer.finish_reason)
     message = answer.finish_reason.message or ""
-    if stop_reason == "abort" and (message.startswith(BEFORE_PREFILL) or _has_no_token(columns)):
+    if stop_reason == "abort" and _brings_none(message, columns):
         return SegmentResponse(
             token_ids=np.empty(0, dtype=np.int32),
             logprobs=np.empty(0, dtype=np.float32),
@@ -291,6 +337,54 @@ def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentR
     )
 
 
+def _read_event(event: HttpResponse, count: int) -> News | None:
+    columns, said = scan_event(SCANNER, event, _Event, SERVER)
+    check_failure(said.error, event, SERVER)
+    if said.meta_info is None:
+        raise ProtocolError(f"expected meta_info in every event from {SERVER}")
+    end = _end(said.meta_info)
+    if end is not None and end.stop_reason == "abort" and _brings_none(end.message, columns):
+        return News(end=end)
+    return News(*_news(columns, said.meta_info, count), end)
+
+
+def _end(said: _Progress) -> End | None:
+    reason = said.finish_reason
+    if reason is None:
+        return None
+    if reason.matched == NAN_MARK:  # what came before is not to be believed either
+        raise ProtocolError(f"expected logits from {SERVER}, they were not numbers")
+    return End(_stop_reason(reason), said.weight_versions, reason.message or "")
+
+
+def _news(
+    columns: dict[str, Column], said: _Progress, count: int
+) -> tuple[Int32Array, Float32Array]:
+    """The tokens behind the first ``count``: the end of a list of all, or a list of no others.
+
+    Lists are looked at each for itself, since servers shorten one and not the other.
+    """
+    total = said.completion_tokens
+    if total is None or total < count:
+        raise ProtocolError(f"expected completion_tokens from {SERVER} that never go back")
+    ids, _ = columns[IDS] or NOTHING
+    pair_ids, logprobs = columns[PAIRS] or NOTHING
+    pair_ids, logprobs = _last(pair_ids, total, count), _last(logprobs, total, count)
+    check_same(_last(ids, total, count), pair_ids, SERVER)
+    return check_tokens(pair_ids, logprobs, SERVER)
+
+
+def _last(column: Array | None, total: int, count: int) -> Array | None:
+    if column is None or len(column) == total - count:
+        return column
+    if len(column) != total:
+        raise ProtocolError(
+            f"expected {total} tokens or the last {total - count} of them from {SERVER}, "
+            f"got {len(column)}"
+        )
+    return column[count:]
+
+
 def _stop_reason(finish_reason: _FinishReason) -> StopReason:
     if finish_reason.type not in STOP_REASONS:
         raise ProtocolError(
@@ -300,10 +394,11 @@ def _stop_reason(finish_reason: _FinishReason) -> StopReason:
     return STOP_REASONS[finish_reason.type]
 
 
-def _has_no_token(columns: dict[str, Column]) -> bool:
+def _brings_none(message: str, columns: dict[str, Column]) -> bool:
     """A request that was aborted in the queue has an empty list of ids, and perhaps no logprobs."""
     ids, _ = columns[IDS] or NOTHING
-    return columns[PAIRS] is None and (ids is None or len(ids) == 0)
+    is_empty = columns[PAIRS] is None and (ids is None or len(ids) == 0)
+    return is_empty or message.startswith(BEFORE_PREFILL)
 
 
 def _tokens(columns: dict[str, Column]) -> tuple[Int32Array, Float32Array]:

@@ -24,9 +24,17 @@ from ..types import (
     StopReason,
 )
 from . import body, metrics
-from .dialect import SegmentRequest, SegmentResponse, ServerInfo, ServerLoad, VersionSpan
+from .dialect import (
+    SegmentRequest,
+    SegmentResponse,
+    ServerInfo,
+    ServerLoad,
+    StreamParser,
+    VersionSpan,
+)
 from .segment import check_segment, top_k_of
 from .status import check_status, raise_refusal
+from .stream import End, Failure, News, TokenStream, check_failure, scan_event
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
 
@@ -44,7 +52,12 @@ LOAD_METRICS: Final = {
     "vllm:num_requests_running": True,
     "vllm:num_requests_waiting": True,
     "vllm:request_success_total": True,
+    "vllm:num_preemptions_total": False,
+    "vllm:kv_cache_usage_perc": False,  # a share, in spite of its name
 }
+
+# Whether the values that a mode gives are of the distribution that was sampled from.
+LOGPROBS_MODES: Final = {"raw_logprobs": False, "processed_logprobs": True}
 
 # The token route has IDS and RECORDS; completions has LOGPROBS, and IDS or, on old servers, only
 # TOKEN_STRINGS. ``text_offset`` counts characters of "token_id:1", and ``top_logprobs`` repeats the
@@ -78,6 +91,11 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice]
 
 
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []  # none in the event that tells the usage
+    error: Failure | None = None
+
+
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
@@ -89,6 +107,7 @@ class _Models(msgspec.Struct):
 
 class _ModelConfig(msgspec.Struct):
     max_model_len: int | None = None
+    logprobs_mode: str | None = None
 
 
 class _SchedulerConfig(msgspec.Struct):
@@ -122,6 +141,7 @@ class VllmDialect:
     """Requests and answers of a vLLM server. Immutable; one instance serves every server."""
 
     name = "vllm"
+    dies_of_unknown_ids = False
     __slots__ = ()
 
     def discover(self) -> Sequence[HttpRequest]:
@@ -142,6 +162,9 @@ class VllmDialect:
 
         ``max_concurrency`` is ``max_num_seqs`` times the engines that this server runs itself
         (data parallel), each of which has its own scheduler.
+
+        Raises:
+            ProtocolError: Also for a server whose ``--logprobs-mode`` gives no logprobs but logits.
         """
         models, info, weights, probe = responses
         model = _first_model(models)
@@ -152,9 +175,13 @@ class VllmDialect:
             max_concurrency=_concurrency(config),
             weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
             token_in_token_out=_has_route(probe),
+            streams_news=True,
+            logprobs_tempered=_logprobs_tempered(config),
         )
 
-    def generate(self, segment: SegmentRequest, info: ServerInfo) -> HttpRequest:
+    def generate(
+        self, segment: SegmentRequest, info: ServerInfo, *, stream: bool = False
+    ) -> HttpRequest:
         """Ask for tokens, by ``/inference/v1/generate`` where it is there.
 
         The id goes into the body and into ``X-Request-Id``, which vLLM prefers: a proxy that
@@ -168,6 +195,8 @@ class VllmDialect:
         question: dict[str, Any] = {"request_id": segment.request_id}
         if model := segment.model or info.model:
             question["model"] = model
+        if stream:
+            question["stream"] = True
         headers = (("X-Request-Id", segment.request_id),)
         if info.token_in_token_out:
             question["token_ids"] = _ids(segment)
@@ -193,6 +222,10 @@ class VllmDialect:
         if len(answer.choices) != 1:
             raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(answer.choices)}")
         return _segment_response(answer.choices[0], columns)
+
+    def stream_parser(self) -> StreamParser:
+        """Read a stream of either route; version spans come with its last tokens."""
+        return TokenStream(SERVER, _read_event)
 
     def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
         """Stop one request by the id that vLLM made of ours.
@@ -263,8 +296,16 @@ class VllmDialect:
         return body.get("/metrics")
 
     def parse_load(self, response: HttpResponse) -> ServerLoad:
-        """Add up the gauges of all its engines."""
-        return ServerLoad(*metrics.sum_samples(response, SERVER, LOAD_METRICS))
+        """Add up the gauges of all its engines; of their caches, the fullest counts."""
+        found = metrics.read_samples(response, SERVER, LOAD_METRICS).values()
+        running, waiting, finished, preemptions, usage = found
+        return ServerLoad(
+            running=int(sum(running)),
+            waiting=int(sum(waiting)),
+            requests_finished=int(sum(finished)),
+            preemptions=int(sum(preemptions)),
+            kv_cache_usage=max(usage, default=0.0),
+        )
 
     def weight_version(self) -> HttpRequest:
         """Ask for the label."""
@@ -348,6 +389,17 @@ def _concurrency(config: _VllmConfig) -> int | None:
     return None if max_num_seqs is None else max_num_seqs * engines
 
 
+def _logprobs_tempered(config: _VllmConfig) -> bool | None:
+    """None where it is not told; vLLM's default is the model's own, before the temperature."""
+    mode = config.model_config.logprobs_mode
+    if mode is not None and mode not in LOGPROBS_MODES:
+        raise ProtocolError(
+            f"expected logprobs from {SERVER}, but it runs with --logprobs-mode {mode[:20]!r}; "
+            f"start it with {' or '.join(LOGPROBS_MODES)}"
+        )
+    return None if mode is None else LOGPROBS_MODES[mode]
+
+
 def _has_route(probe: HttpResponse) -> bool:
     """Whether a GET met a POST-only route; a page made for any path is no such route."""
     if probe.status in (404, 405):
@@ -364,6 +416,26 @@ def _segment_response(choice: _Choice, columns: dict[str, Column]) -> SegmentRes
         stop_reason=_stop_reason(choice),
         versions=_spans(choice, len(ids)),
     )
+
+
+def _read_event(event: HttpResponse, count: int) -> News | None:  # noqa: ARG001  it says the new
+    columns, said = scan_event(SCANNER, event, _Event, SERVER)
+    check_failure(said.error, event, SERVER)
+    if not said.choices:
+        return None
+    if len(said.choices) != 1:
+        raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(said.choices)}")
+    choice = said.choices[0]
+    end = choice.finish_reason and End(_stop_reason(choice), choice.weight_versions)
+    if _has_no_token(columns):
+        return News(end=end or None)
+    return News(*_tokens(columns), end or None)
+
+
+def _has_no_token(columns: dict[str, Column]) -> bool:
+    """An event need not have one: the last may bring the finish reason alone."""
+    ids = [columns[path] for path in (IDS, RECORDS, TOKEN_STRINGS)]
+    return all(column is None or column[0] is None or not len(column[0]) for column in ids)
 
 
 def _stop_reason(choice: _Choice) -> StopReason:

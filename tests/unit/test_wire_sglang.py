@@ -25,7 +25,13 @@ from ..golden import exchange
 
 GOLDEN = "sglang-0.5.23"
 DIALECT: Dialect = SglangDialect()
-INFO = ServerInfo(model="tiny", max_model_len=4096, max_concurrency=8, token_in_token_out=True)
+INFO = ServerInfo(
+    model="tiny",
+    max_model_len=4096,
+    max_concurrency=8,
+    token_in_token_out=True,
+    logprobs_tempered=True,
+)
 
 
 def recorded(name: str) -> HttpResponse:
@@ -162,6 +168,17 @@ def test_load_before_the_first_request_is_done() -> None:
     assert load == ServerLoad(running=2, waiting=1, requests_finished=0)
 
 
+def test_load_says_how_full_the_cache_is_and_who_had_to_leave_it() -> None:
+    page = (
+        b'sglang:num_running_reqs{} 2.0\nsglang:num_queue_reqs{} 1.0\nsglang:token_usage{tp="0"} 0.5\n'
+        b'sglang:token_usage{tp="1"} 0.96\nsglang:num_retracted_reqs{} 3.0\n'
+    )
+    load = DIALECT.parse_load(HttpResponse(200, {}, page))
+    assert load == ServerLoad(
+        running=2, waiting=1, requests_finished=0, preempted=3, kv_cache_usage=0.96
+    )
+
+
 def test_discovery() -> None:
     paths = [(question.method, question.path) for question in DIALECT.discover()]
     assert paths == [("GET", "/v1/models"), ("GET", "/server_info"), ("GET", "/model_info")]
@@ -174,7 +191,7 @@ NOT_THERE = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":
 
 def test_discovery_of_a_server_that_says_nothing() -> None:
     info = DIALECT.parse_discover([NOT_THERE] * 3)
-    assert info == ServerInfo(token_in_token_out=True)
+    assert info == ServerInfo(token_in_token_out=True, logprobs_tempered=True)
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,9 @@ HEALTHY = {
 }
 
 LOADS = {
-    "metrics_busy.prom": ServerLoad(running=8, waiting=4, requests_finished=0),
+    "metrics_busy.prom": ServerLoad(
+        running=8, waiting=4, requests_finished=0, kv_cache_usage=0.00782013685239491
+    ),
     "metrics_idle.prom": ServerLoad(running=0, waiting=0, requests_finished=0),
 }
 
@@ -361,9 +363,13 @@ def test_load_adds_up_the_engines_of_a_data_parallel_server() -> None:
         b'vllm:num_requests_waiting_by_reason{reason="capacity"} 9.0\n'
         b'vllm:request_success_total{finished_reason="stop"} 5.0\r\n'
         b'vllm:request_success_total{finished_reason="abort"} 1e1\n'
+        b'vllm:num_preemptions_total{engine="0"} 2.0\nvllm:num_preemptions_total{engine="1"} 3.0\n'
+        b'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75\n'
     )
     load = DIALECT.parse_load(HttpResponse(200, {}, page.replace(b"\r", b"")))
-    assert load == ServerLoad(running=7, waiting=1, requests_finished=15)
+    assert load == ServerLoad(
+        running=7, waiting=1, requests_finished=15, preemptions=5, kv_cache_usage=0.75
+    )
 
 
 @pytest.mark.parametrize(
@@ -414,12 +420,15 @@ def test_discovery_of_a_server_with_every_route() -> None:
         max_concurrency=8,
         weight_version=2,
         token_in_token_out=True,
+        streams_news=True,
+        logprobs_tempered=False,
     )
 
 
 def test_discovery_of_a_server_without_dev_mode_and_scale_out() -> None:
     answers = [recorded("models.json"), NOT_THERE, NOT_THERE, NOT_THERE]
-    assert DIALECT.parse_discover(answers) == ServerInfo(model="tiny", max_model_len=1024)
+    expected = ServerInfo(model="tiny", max_model_len=1024, streams_news=True)
+    assert DIALECT.parse_discover(answers) == expected
 
 
 def test_discovery_of_a_server_whose_configuration_is_text() -> None:
@@ -438,6 +447,25 @@ def test_discovery_counts_the_engines_of_one_server() -> None:
     answer = HttpResponse(200, {}, json.dumps(config).encode())
     answers = [recorded("models.json"), answer, NOT_THERE, NOT_THERE]
     assert DIALECT.parse_discover(answers).max_concurrency == 32
+
+
+@pytest.mark.parametrize(
+    ("mode", "tempered"), [("raw_logprobs", False), ("processed_logprobs", True)]
+)
+def test_discovery_knows_what_the_logprobs_are_of(mode: str, tempered: bool) -> None:
+    answer = HttpResponse(
+        200, {}, b'{"vllm_config":{"model_config":{"logprobs_mode":"%b"}}}' % mode.encode()
+    )
+    info = DIALECT.parse_discover([recorded("models.json"), answer, NOT_THERE, NOT_THERE])
+    assert info.logprobs_tempered is tempered
+
+
+def test_a_server_that_gives_logits_for_logprobs_is_refused() -> None:
+    answer = HttpResponse(
+        200, {}, b'{"vllm_config":{"model_config":{"logprobs_mode":"raw_logits"}}}'
+    )
+    with pytest.raises(ProtocolError, match="--logprobs-mode 'raw_logits'"):
+        DIALECT.parse_discover([recorded("models.json"), answer, NOT_THERE, NOT_THERE])
 
 
 def test_a_page_for_any_path_is_not_the_token_route() -> None:
