@@ -32,6 +32,8 @@ def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
          [(labels, len(scheduler.running))]),
         ("vllm:num_requests_waiting", "gauge", "Number of requests waiting to be processed.",
          [(labels, len(scheduler.waiting))]),
+        ("vllm:kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.",
+         [(labels, token_usage(scheduler))]),
         ("vllm:num_preemptions_total", "counter", "Running requests put back into the queue.",
          [(labels, counters.preemptions)]),
         ("vllm:prompt_tokens_total", "counter", "Number of prefill tokens processed.",
@@ -44,6 +46,15 @@ def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
          [(labels, requests)]),
     ]  # fmt: skip
     return write_page(families)
+
+
+def token_usage(scheduler: Scheduler) -> float:
+    """Return the share in use of a cache that would hold every slot at the model's length.
+
+    There is no cache here; this is what one would hold.
+    """
+    held = sum(len(sequence.token_ids) for sequence in scheduler.running)
+    return held / (scheduler.max_num_seqs * scheduler.max_model_len)
 
 
 def write_page(families: Iterable[Family]) -> str:

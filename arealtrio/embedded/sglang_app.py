@@ -82,6 +82,7 @@ class _Face:
         )
         self._weights = Weights(self._front)
         self._started = int(time.time())
+        self._first_label = self._front.label
         self._requests = 0
 
     def routes(self) -> list[BaseRoute]:
@@ -307,7 +308,7 @@ class _Face:
                 "context_length": settings.max_model_len,
                 "max_running_requests": settings.max_num_seqs,
                 "random_seed": settings.seed,
-                "weight_version": "default",
+                "weight_version": self._first_label,
                 "incremental_streaming_output": settings.incremental_streaming_output,
                 "enable_lora": True,
                 "enable_metrics": True,

@@ -70,6 +70,12 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     audio_data: Any = None
     session_params: Any = None
 
+    def __post_init__(self) -> None:
+        """One prompt or several: a union that msgspec has no type for."""
+        if self.input_ids:
+            kind: Any = list[list[int]] if isinstance(self.input_ids[0], list) else list[int]
+            self.input_ids = msgspec.convert(self.input_ids, kind)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
@@ -166,10 +172,7 @@ def _prompts(value: list[Any] | None) -> tuple[list[list[int]], bool]:
     if not value:
         raise SglangError("input_ids cannot be empty.")
     batch = isinstance(value[0], list)
-    try:
-        prompts = msgspec.convert(value if batch else [value], list[list[int]])
-    except msgspec.ValidationError as exc:
-        raise malformed(f"1 validation error: input_ids: {exc}") from exc
+    prompts = value if batch else [value]
     if not all(prompts):
         raise SglangError("input_ids cannot be empty.")
     return prompts, batch

@@ -14,7 +14,7 @@ import trio
 
 from arealtrio.embedded.model import TinyModel
 from arealtrio.types import GenerationHyperparameters, HttpRequest, HttpResponse, as_token_ids
-from arealtrio.wire.dialect import SegmentRequest, ServerInfo, VersionSpan
+from arealtrio.wire.dialect import SegmentRequest, VersionSpan
 from arealtrio.wire.vllm import VllmDialect
 
 from ..golden.exchange import body_of, question
@@ -150,13 +150,8 @@ async def test_our_own_codec_understands_it(line: Line) -> None:
     for request in dialect.load_weights(str(line.weights[2]), 7):
         dialect.parse_control(await send(request))
     info = dialect.parse_discover([await send(request) for request in dialect.discover()])
-    assert info == ServerInfo(
-        model="tiny",
-        max_model_len=MAX_MODEL_LEN,
-        max_concurrency=8,
-        weight_version=7,
-        token_in_token_out=True,
-    )
+    assert (info.model, info.max_model_len, info.max_concurrency) == ("tiny", MAX_MODEL_LEN, 8)
+    assert (info.weight_version, info.token_in_token_out) == (7, True)
     segment = SegmentRequest(
         request_id="one",
         token_ids=as_token_ids(PROMPT),
