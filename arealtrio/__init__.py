@@ -19,6 +19,7 @@ from .errors import (
     ServerError,
     StalenessBudgetExhausted,
     TooManyFailures,
+    TooStale,
     TransportError,
     TransportTimeout,
     UsageError,
@@ -26,6 +27,7 @@ from .errors import (
     WorkflowError,
 )
 from .executor import WorkflowExecutor, open_executor
+from .group_policy import GroupPolicy
 from .scheduling import (
     LeastRequestPolicy,
     LeastRequestPrioritySchedulePolicy,
@@ -59,6 +61,7 @@ __all__ = [
     "FailureKind",
     "GenerationHyperparameters",
     "Group",
+    "GroupPolicy",
     "InvalidRequest",
     "LeastRequestPolicy",
     "LeastRequestPrioritySchedulePolicy",
@@ -90,6 +93,7 @@ __all__ = [
     "StalenessBudgetExhausted",
     "StalenessManager",
     "TooManyFailures",
+    "TooStale",
     "Trajectory",
     "TransportError",
     "TransportTimeout",

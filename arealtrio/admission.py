@@ -41,7 +41,7 @@ class Admission:
         self._queue: deque[GroupTask] = deque()  # submitted, not admitted
         self._eval_queue: deque[GroupTask] = deque()
         self._eval_numbers = itertools.count()
-        self._starting: GroupTask | None = None  # admitted, with members still to start
+        self._starting: deque[GroupTask] = deque()  # admitted, with members still to start
         self._largest_group = 1
 
     @property
@@ -77,48 +77,75 @@ class Admission:
         """Let no further member of a group start."""
         if not group.admitted:
             (self._eval_queue if group.is_eval else self._queue).remove(group)
-        if self._starting is group:
-            self._starting = None
+        if group in self._starting:
+            self._starting.remove(group)
 
     def next_member(self) -> tuple[GroupTask, int] | None:
         """Take a slot for the next member that may start: its group and its index in it."""
         if self.running_members >= self.concurrency:
             return None
-        group = self._starting or self._admit()
-        if group is None:
+        if not self._starting and not self._admit():
             return None
+        group = self._starting[0]
         index = group.start_member(self._config.rollout_timeout_s)
-        self._starting = group if group.to_start else None
+        if not group.to_start:
+            self._starting.popleft()
         self.running_members += 1
         return group, index
 
-    def _admit(self) -> GroupTask | None:
-        """Take the next group out of its queue: evaluation goes before training.
+    def _admit(self) -> bool:
+        """Take the next group out of its queue, if any may start; ``priority`` says which queue."""
+        if self._config.priority == "eval":
+            return self._admit_eval() or self._admit_training()
+        return self._admit_training() or self._admit_eval()
 
-        A trainer that evaluates waits for it, and evaluation is short; training is bounded by its
-        own budget anyway.
-        """
-        if self._eval_queue:
-            group = self._eval_queue.popleft()
-            group.number = next(self._eval_numbers)
-            self.eval_counts.start()
-            return group
+    def _admit_eval(self) -> bool:
+        if not self._eval_queue:
+            return False
+        group = self._eval_queue.popleft()
+        group.number = next(self._eval_numbers)
+        self.eval_counts.start()
+        self._starting.append(group)
+        return True
+
+    def _admit_training(self) -> bool:
         if self.paused or not self._queue:
-            return None
+            return False
         permit = self.staleness.try_submit()
         if permit is None:
-            return None
+            return False
         group = self._queue.popleft()
         group.permit, group.number = permit, permit.number
         self._order.granted(permit.number)
         self.counts.start()
-        return group
+        self._starting.append(group)
+        return True
 
     def member_ended(self, group: GroupTask) -> None:
-        """Give a member's slot back."""
+        """Give a member's slot back; members of its group may be to start again, or no more."""
         self.running_members -= 1
-        if self._starting is group and not group.to_start:
-            self._starting = None
+        self.restart(group)
+
+    def restart(self, group: GroupTask) -> None:
+        """See that the members a group still has to start do start, before any new group.
+
+        It holds its permit meanwhile: a fresh prompt that took the budget of a replacement would
+        leave the group waiting for one that it can not get.
+        """
+        if group.to_start and group not in self._starting:
+            self._starting.appendleft(group)
+        elif not group.to_start and group in self._starting:
+            self._starting.remove(group)
+
+    def requeue(self, group: GroupTask) -> None:
+        """Put a group that is too old back at the head of the queue, without its permit."""
+        assert group.permit is not None
+        group.permit.reject()
+        self._order.settled(group.permit.number)
+        group.permit = group.number = None
+        self.counts.requeue()
+        self.staleness.on_rollout_enqueued()
+        self._queue.appendleft(group)
 
     def settled(self, group: GroupTask, outcome: Outcome) -> None:
         """Count a group's end and settle its permit; only an accepted one keeps budget spent."""

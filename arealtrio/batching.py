@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .delivery import DeliveryQueue, PermitOrder
-from .errors import UsageError
+from .errors import TooStale, UsageError
+from .group_policy import GroupPolicy
 from .groups import (
+    ALL_MEMBERS,
     AcceptFunction,
     Deliver,
     GroupTask,
@@ -34,11 +36,13 @@ class RolloutArguments:
         workflow: Runs one member.
         should_accept: The filter.
         group_size: Members of a group.
+        policy: What becomes of a group when a member does not succeed.
     """
 
     workflow: RolloutWorkflow
     should_accept: AcceptFunction | None
     group_size: int
+    policy: GroupPolicy
 
     @classmethod
     def of(
@@ -47,6 +51,7 @@ class RolloutArguments:
         workflow_kwargs: Mapping[str, Any] | None,
         should_accept_fn: AcceptFunction | str | None,
         group_size: int,
+        group_policy: GroupPolicy | None = None,
     ) -> RolloutArguments:
         """Resolve a caller's arguments.
 
@@ -57,6 +62,7 @@ class RolloutArguments:
             resolve_workflow(workflow, workflow_kwargs),
             resolve_accept(should_accept_fn),
             positive("group_size", group_size),
+            group_policy or ALL_MEMBERS,
         )
 
     def group(
@@ -75,6 +81,7 @@ class RolloutArguments:
             workflow=self.workflow,
             should_accept=self.should_accept,
             size=self.group_size,
+            policy=self.policy,
             deliver=deliver,
             is_eval=is_eval,
             is_batched=is_batched,
@@ -159,9 +166,18 @@ def _discarded(group: Group, version: int) -> RolloutResult:
 
 def outdated(group: Group, version: int) -> Verdict:
     """How a group ends that was made well, and is too old for a batch of ``version``."""
-    error = UsageError(
+    error = TooStale(
         f"discarded: its oldest token is of version {group.head_version} and the trainer is at "
-        f"{version}, beyond max_staleness; the version advanced without a batch"
+        f"{version}, beyond max_staleness"
+    )
+    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error))
+
+
+def straggler(permit_version: int, version: int) -> Verdict:
+    """How a group ends that still runs when it can no longer be in time."""
+    error = TooStale(
+        f"it started in version {permit_version} and the trainer is at {version}, beyond "
+        "max_staleness; straggler_policy decides what becomes of it"
     )
     return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error))
 

@@ -14,12 +14,14 @@ from .types import TimeLimits
 Backend: TypeAlias = Literal["vllm", "sglang"]
 SchedulePolicyName: TypeAlias = Literal["least_request", "round_robin"]
 QueueOrder: TypeAlias = Literal["fifo", "deadline", "longest_expected"]
-StragglerPolicy: TypeAlias = Literal["wait", "keep"]
+StragglerPolicy: TypeAlias = Literal["wait", "keep", "requeue", "drop"]
+Priority: TypeAlias = Literal["eval", "train"]
 
 BACKENDS = ("vllm", "sglang")
 SCHEDULE_POLICIES = ("least_request", "round_robin")
 QUEUE_ORDERS = ("fifo", "deadline", "longest_expected")
-STRAGGLER_POLICIES = ("wait", "keep")
+STRAGGLER_POLICIES = ("wait", "keep", "requeue", "drop")
+PRIORITIES = ("eval", "train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,14 @@ class RolloutConfig:
         straggler_policy: What happens when a long rollout would be overtaken. ``wait`` (default):
             batches leave in permit order, and no consumed token is ever older than
             ``max_staleness``. ``keep``: AReaL's behaviour; younger ones overtake, and violations
-            are counted.
+            are counted. ``requeue`` and ``drop``: younger ones overtake, and what can no longer be
+            in time is cancelled, and its prompt queued again or not: the bound holds and nobody
+            waits, but long answers are under-sampled, which biases what is learnt towards short
+            ones.
+        max_requeues: Times that one prompt is queued again under ``requeue``; then it is dropped.
+        priority: Which of evaluation and training starts first where both could. A trainer that
+            evaluates waits for it, so ``eval`` is the default; ``train`` fits an evaluation that
+            nobody waits for.
         queue_size: Prompts taken from the caller and not yet started, in groups. None: twice
             ``(max_staleness + 1) * consumer_batch_size``, so that a whole window can be queued.
         seed: Of the order within a batch.
@@ -64,6 +73,9 @@ class RolloutConfig:
         headers: Sent with every request (authentication); never logged.
         max_consecutive_failures: Groups that may fail in a row before a waiting call ends with
             TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
+        max_failure_ratio: Share of failures among the last ``failure_window`` groups above which a
+            waiting call ends with TooManyFailures. 1 is never.
+        failure_window: Groups looked at for it; with fewer settled it is not asked.
         max_interruptions: How often one generation may be aborted by its server and sent again.
         allow_inexact_resume: Let a generation go on after an interruption also where the result may
             differ from an undisturbed one: under frequency or presence penalties, whose counts a
@@ -105,12 +117,16 @@ class RolloutConfig:
     queue_order: QueueOrder = "fifo"
     queue_overtakes_max: int = 4096
     straggler_policy: StragglerPolicy = "wait"
+    max_requeues: int = 2
+    priority: Priority = "eval"
     queue_size: int | None = None
     seed: int = 0
     model: str | None = None
     vocab_size: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_consecutive_failures: int = 64
+    max_failure_ratio: float = 1.0
+    failure_window: int = 256
     max_interruptions: int = 1000
     allow_inexact_resume: bool = False
     rollout_timeout_s: float = 7200.0
@@ -141,10 +157,16 @@ class RolloutConfig:
         _one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
         _one_of("queue_order", self.queue_order, QUEUE_ORDERS)
         _one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
+        _one_of("priority", self.priority, PRIORITIES)
         self._check_counts()
         self._check_caps()
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
             _finite_positive(name, getattr(self, name))
+
+        if not 0 <= self.max_failure_ratio <= 1:
+            raise ConfigError(
+                f"max_failure_ratio must be between 0 and 1, not {self.max_failure_ratio!r}"
+            )
 
     def _check_servers(self) -> None:
         twice = sorted({s for s in self.servers if list(self.servers).count(s) > 1})
@@ -160,6 +182,8 @@ class RolloutConfig:
             ("queue_overtakes_max", 0),
             ("vocab_size", 1),
             ("max_consecutive_failures", 1),
+            ("failure_window", 1),
+            ("max_requeues", 0),
             ("max_interruptions", 0),
             ("response_size_bytes", 1024),
             ("min_updated", 1),

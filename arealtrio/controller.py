@@ -21,6 +21,7 @@ from .batching import BatchStream, DataLoader, RolloutArguments
 from .config import RolloutConfig
 from .errors import RolloutClosed, RolloutCrashed, UsageError
 from .executor import WorkflowExecutor, open_executor
+from .group_policy import GroupPolicy
 from .groups import AcceptFunction, WorkflowLike
 from .loader import Prompt
 from .servers import ServerStatistics
@@ -298,11 +299,19 @@ class RolloutController:
         task_id: str | None = None,
         is_eval: bool = False,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> str:
         """Queue one prompt, and return its task id at once. See ``WorkflowExecutor.submit``."""
         return self._ask(
             lambda executor: executor.submit(
-                data, workflow, workflow_kwargs, should_accept_fn, task_id, is_eval, group_size
+                data,
+                workflow,
+                workflow_kwargs,
+                should_accept_fn,
+                task_id,
+                is_eval,
+                group_size,
+                group_policy,
             )
         )
 
@@ -332,12 +341,13 @@ class RolloutController:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Batch:
         """Run these prompts to their ends. See ``WorkflowExecutor.rollout_batch``."""
         executor = self._live
         return self._call(
             lambda: executor.rollout_batch(
-                data, workflow, workflow_kwargs, should_accept_fn, group_size
+                data, workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
             )
         )
 
@@ -348,6 +358,7 @@ class RolloutController:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Batch:
         """Return the next training batch. See ``WorkflowExecutor.prepare_batch``.
 
@@ -356,7 +367,9 @@ class RolloutController:
         Raises:
             StopIteration: Where the async face raises StopAsyncIteration: the epoch has ended.
         """
-        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        arguments = RolloutArguments.of(
+            workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
+        )
         stream = self._ask(lambda executor: executor.stream_of(dataloader))
         while True:
             step = self._next_step(stream)
@@ -394,12 +407,18 @@ class RolloutController:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Iterator[Batch]:
         """One epoch of ``prepare_batch``."""
         while True:
             try:
                 batch = self.prepare_batch(
-                    dataloader, workflow, workflow_kwargs, should_accept_fn, group_size
+                    dataloader,
+                    workflow,
+                    workflow_kwargs,
+                    should_accept_fn,
+                    group_size,
+                    group_policy,
                 )
             except StopIteration:
                 return

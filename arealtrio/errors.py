@@ -19,7 +19,12 @@
        ├─ ProtocolError                    the answer does not follow the dialect
        ├─ NoServerAvailable                no server could take the request
        ├─ DeadlineExceeded                 the rollout's own deadline passed
+       ├─ TooStale                         it can not be consumed within max_staleness any more
        └─ WorkflowError                    user code broke its contract
+          └─ RewardError                   a reward function in a RewardPool gave no reward
+             ├─ RewardTimedOut             it took too long; its process was killed
+             ├─ RewardRaised               it raised; with its traceback from there
+             └─ RewardCrashed              its process died
 
 Foreign exceptions are mapped once, at the door they came in through, with ``raise … from exc``.
 No message carries a payload: a prompt can be a megabyte, and can be secret.
@@ -166,5 +171,45 @@ class DeadlineExceeded(RolloutError):
     """The rollout's own deadline, ``rollout_timeout_s``, passed."""
 
 
+class TooStale(RolloutError):
+    """A rollout can no longer be consumed within ``max_staleness``."""
+
+
 class WorkflowError(RolloutError):
     """A workflow, filter or reward broke its contract: a wrong type, arrays of unequal length."""
+
+
+class RewardError(WorkflowError):
+    """A reward function in a RewardPool gave no reward; it was called once, and is not again."""
+
+
+class RewardTimedOut(RewardError):
+    """A reward took longer than its ``timeout_s``; the process that ran it was killed."""
+
+
+class RewardRaised(RewardError):
+    """A reward function raised.
+
+    Args:
+        message: Which function, and the type of what it raised.
+        remote_traceback: The traceback as text, from the process it ran in. It is in a note as
+            well, and so is shown with this exception's own.
+    """
+
+    def __init__(self, message: str, remote_traceback: str) -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
+        self.add_note(f"In the reward's process:\n{remote_traceback.rstrip()}")
+
+
+class RewardCrashed(RewardError):
+    """The process that ran a reward died: a segmentation fault, ``os._exit``, out of memory.
+
+    Args:
+        message: Which function, and how its process ended.
+        exitcode: The process's; ``-n`` where signal n ended it.
+    """
+
+    def __init__(self, message: str, exitcode: int | None) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode

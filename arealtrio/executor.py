@@ -9,7 +9,6 @@ go on.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -18,11 +17,21 @@ import numpy as np
 import trio
 
 from .admission import Admission
-from .batching import BatchStream, DataLoader, RolloutArguments, is_older, outdated, positive
+from .batching import (
+    BatchStream,
+    DataLoader,
+    RolloutArguments,
+    is_older,
+    outdated,
+    positive,
+    straggler,
+)
 from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
-from .errors import DeadlineExceeded, RolloutClosed, TooManyFailures, UsageError
+from .errors import DeadlineExceeded, RolloutClosed, TooStale, UsageError
+from .failures import FailureBudget
+from .group_policy import GroupPolicy
 from .groups import (
     CANCELLED,
     REJECTED,
@@ -116,9 +125,12 @@ class WorkflowExecutor:
         self._ids = itertools.count()
         self._waiting = WaitList()
         self._consumed = 0  # groups that left for the trainer, or were charged for in their place
-        self._failed_in_a_row: deque[Exception] = deque(maxlen=config.max_consecutive_failures)
+        self._failures = FailureBudget(
+            config.max_consecutive_failures, config.max_failure_ratio, config.failure_window
+        )
         self._shuffle = np.random.default_rng(config.seed)
         self._closed = False
+        self._is_bounded = config.straggler_policy != "keep"
 
     @property
     def counts(self) -> RolloutCounts:
@@ -141,6 +153,7 @@ class WorkflowExecutor:
         task_id: str | None = None,
         is_eval: bool = False,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> str:
         """Queue one prompt, and return at once.
 
@@ -152,6 +165,7 @@ class WorkflowExecutor:
             task_id: To ask for with ``wait_for_task``; None makes one.
             is_eval: Uses the servers, but no permit: evaluation never consumes staleness.
             group_size: Rollouts of this prompt; the group is what settles and is delivered.
+            group_policy: What becomes of the group when a member does not succeed; None: all must.
 
         Returns:
             The task id.
@@ -160,7 +174,9 @@ class WorkflowExecutor:
             UsageError: If the id is in use, the queue is full, or the workflow is none.
             RolloutClosed: After close.
         """
-        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        arguments = RolloutArguments.of(
+            workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
+        )
         task_id = self._new_task_id(task_id)
         if not is_eval and self._admission.queued >= self._admission.queue_limit:
             raise UsageError(
@@ -281,6 +297,7 @@ class WorkflowExecutor:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Batch:
         """Run these prompts, wait until all have settled, and return the accepted ones in order.
 
@@ -292,7 +309,9 @@ class WorkflowExecutor:
         Raises:
             StalenessBudgetExhausted: If they can not all start before the next version.
         """
-        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        arguments = RolloutArguments.of(
+            workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
+        )
         settled: dict[str, RolloutResult] = {}
 
         def deliver(group: GroupTask, result: RolloutResult) -> None:
@@ -326,6 +345,7 @@ class WorkflowExecutor:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Batch:
         """Return the next training batch: exactly ``consumer_batch_size`` accepted groups.
 
@@ -340,7 +360,9 @@ class WorkflowExecutor:
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
         """
-        arguments = RolloutArguments.of(workflow, workflow_kwargs, should_accept_fn, group_size)
+        arguments = RolloutArguments.of(
+            workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
+        )
         stream = self.stream_of(dataloader)
         while True:
             step = await self.next_step(stream)
@@ -357,9 +379,13 @@ class WorkflowExecutor:
         workflow_kwargs: Mapping[str, Any] | None = None,
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
+        group_policy: GroupPolicy | None = None,
     ) -> Batches:
         """One epoch of ``prepare_batch``: ``async for batch in rollout.batches(…)``."""
-        return Batches(self, (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size))
+        return Batches(
+            self,
+            (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size, group_policy),
+        )
 
     def stream_of(self, dataloader: DataLoader) -> BatchStream:
         """The stream of a data loader: the one under way, or a new epoch.
@@ -391,8 +417,8 @@ class WorkflowExecutor:
         size = self.config.consumer_batch_size
         self._discard_outdated(self.get_version())
         ready = stream.accepted.ready >= size
-        if not ready and len(self._failed_in_a_row) == self.config.max_consecutive_failures:
-            raise self._too_many_failures()
+        if not ready and self._failures.spent:
+            raise self._failures.take_error()
         wanted = self._prompts_wanted(stream)
         # A batch that is ready is held up once at most: rollouts that fail or are rejected at once
         # would want prompts for ever.
@@ -426,13 +452,6 @@ class WorkflowExecutor:
         shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
         return Batch(groups=shuffled, version=self.get_version(), failures=stream.take_failures())
 
-    def _too_many_failures(self) -> TooManyFailures:
-        causes = list(self._failed_in_a_row)
-        self._failed_in_a_row.clear()
-        return TooManyFailures(
-            f"{len(causes)} groups failed in a row (max_consecutive_failures)", causes
-        )
-
     def give_back(self, batch: Batch) -> None:
         """Return a batch that did not reach its consumer; the next call delivers it again."""
         if self._stream is not None:
@@ -465,14 +484,14 @@ class WorkflowExecutor:
     async def _run_member(self, group: GroupTask, index: int) -> None:
         """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
         verdict = CANCELLED
-        scope = group.scopes[index]
+        scope = group.running[index]
         try:
             with scope:
                 version = group.permit.version if group.permit else 0
                 engine = RolloutEngine(self.engine, version, group.prompt_id)
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
-            if scope.cancelled_caught and not group.cancelled:
+            if scope.cancelled_caught and not group.stopped:
                 verdict = self._expired(index)
         except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
             verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
@@ -480,15 +499,15 @@ class WorkflowExecutor:
             self.close()
             raise
         finally:
-            self._member_ended(group, verdict)
+            self._member_ended(group, index, verdict)
 
     def _expired(self, index: int) -> Verdict:
         limit = self.config.rollout_timeout_s
         error = DeadlineExceeded(f"the rollout did not settle within rollout_timeout_s={limit:g}")
         return Verdict(Outcome.EXPIRED, Failure(FailureKind.INFRASTRUCTURE, error, index))
 
-    def _member_ended(self, group: GroupTask, verdict: Verdict) -> None:
-        group.member_ended(verdict)
+    def _member_ended(self, group: GroupTask, index: int, verdict: Verdict) -> None:
+        group.member_ended(index, verdict)
         self._admission.member_ended(group)
         if group.all_ended:
             self._settle(group)
@@ -499,6 +518,9 @@ class WorkflowExecutor:
 
     def _settle(self, group: GroupTask) -> None:
         """Settle a group whose members have all ended: exactly once, synchronously."""
+        if not self._closed and self._begin_again(group):
+            self._changed()
+            return
         accepted, verdict = _judge(group)
         self._count_failure(group, verdict)
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
@@ -512,18 +534,34 @@ class WorkflowExecutor:
             outcome=verdict.outcome,
             group=accepted,
             failure=verdict.failure,
+            member_failures=tuple(group.member_failures),
             number=group.number,
         )
         group.deliver(group, result)
         self._changed()
 
+    def _begin_again(self, group: GroupTask) -> bool:
+        """Run a group again, where its policy or the straggler policy says so."""
+        outcome, failure = group.verdict.outcome, group.verdict.failure
+        if failure is not None and isinstance(failure.error, TooStale):
+            requeues = self.config.straggler_policy == "requeue"
+            if not requeues or group.requeued >= self.config.max_requeues:
+                return False
+            group.begin_again()
+            self._admission.requeue(group)
+            return True
+        if not group.policy.may_begin_again(outcome, group.requeued):
+            return False
+        group.begin_again()
+        self._admission.restart(group)
+        return True
+
     def _count_failure(self, group: GroupTask, verdict: Verdict) -> None:
-        if group.is_eval or verdict.outcome is Outcome.CANCELLED:
+        """Keep the failure budget; what was withdrawn, or came too late, is nobody's failure."""
+        error = verdict.failure.error if verdict.failure is not None else None
+        if group.is_eval or verdict.outcome is Outcome.CANCELLED or isinstance(error, TooStale):
             return
-        if verdict.failure is None:
-            self._failed_in_a_row.clear()
-        else:
-            self._failed_in_a_row.append(verdict.failure.error)
+        self._failures.record(error)
 
     def _cancel(self, group: GroupTask) -> None:
         """Withdraw a group; harmless once it has settled."""
@@ -541,13 +579,27 @@ class WorkflowExecutor:
 
     def _is_outdated(self, group: Group) -> bool:
         """Whether no batch may hold this group any more."""
-        return self.config.straggler_policy == "wait" and is_older(group, self._oldest())
+        return self._is_bounded and is_older(group, self._oldest())
 
     def _discard_outdated(self, version: int) -> None:
-        """Drop what waits for a batch and is too old for ``version``; it counts as consumed."""
-        if self._stream is not None and self.config.straggler_policy == "wait":
+        """Drop what waits for a batch and is too old for ``version``; its budget returns."""
+        if self._stream is not None and self._is_bounded:
             oldest = version - self.config.max_staleness
-            self._consumed += self._stream.discard_older_than(oldest, version)
+            discarded = self._stream.discard_older_than(oldest, version)
+            self.staleness_manager.discard(discarded)
+            self.counts.discard(discarded)
+
+    def _stop_stragglers(self) -> None:
+        """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""
+        if self.config.straggler_policy not in ("requeue", "drop"):
+            return
+        version, oldest = self.get_version(), self._oldest()
+        for group in list(self._live.values()):
+            if group.permit is not None and group.permit.version < oldest:
+                group.stop(straggler(group.permit.version, version))
+                self._admission.restart(group)
+                if group.all_ended:
+                    self._settle(group)
 
     def _oldest(self) -> int:
         """The oldest version that a token consumed now may have."""
@@ -575,6 +627,7 @@ class WorkflowExecutor:
         self._check_open()
         result = await update_weights(self.engine.pool, update)
         self._charge_for(result.version)
+        self._stop_stragglers()
         self._changed()
         return result
 
@@ -584,9 +637,9 @@ class WorkflowExecutor:
         The proof in ``delivery`` has one release of B per step, so a short batch must not buy more
         rollouts than a full one. AReaL's ``keep`` has no such condition.
         """
-        if self.config.straggler_policy != "wait":
+        if not self._is_bounded:
             return
-        self._discard_outdated(version)  # first: what is dropped holds no budget
+        self._discard_outdated(version)
         short = version * self.config.consumer_batch_size - self._consumed
         if short > 0:
             self.staleness_manager.charge(short)

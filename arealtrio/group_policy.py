@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from .errors import ConfigError
+from .types import Outcome
 
 
 class AfterMember(enum.Enum):
@@ -30,17 +31,26 @@ class GroupPolicy:
     Args:
         kind: The policy's name.
         least: Members that must succeed, for ``at_least``.
-        max_replacements: Members that may be run again in one group, for ``replace``.
+        max_again: Members (``replace``) or whole groups (``all``) that may be run again.
     """
 
     kind: Literal["all", "at_least", "replace"] = "all"
     least: int = 0
-    max_replacements: int = 0
+    max_again: int = 0
 
     @classmethod
-    def all(cls) -> Self:
-        """Every member must succeed; the first that does not ends the group."""
-        return cls(kind="all")
+    def all(cls, max_retries: int = 0) -> Self:
+        """Every member must succeed; the first that does not ends the group.
+
+        Args:
+            max_retries: Times that a group with a failed or expired member is run again as a whole.
+
+        Raises:
+            ConfigError: If ``max_retries`` is negative.
+        """
+        if max_retries < 0:
+            raise ConfigError(f"max_retries must be at least 0, not {max_retries}")
+        return cls(kind="all", max_again=max_retries)
 
     @classmethod
     def at_least(cls, least: int) -> Self:
@@ -55,27 +65,46 @@ class GroupPolicy:
 
     @classmethod
     def replace(cls, max_replacements: int = 4) -> Self:
-        """Run a member that failed, expired or was rejected again, so many times in one group.
+        """Run a member that failed or expired again; so many times in one group.
+
+        A member that its workflow rejected is not run again, and ends the group: to draw until the
+        workflow likes it would bias what is trained on.
 
         Raises:
             ConfigError: If ``max_replacements`` is below 1.
         """
         if max_replacements < 1:
             raise ConfigError(f"max_replacements must be at least 1, not {max_replacements}")
-        return cls(kind="replace", max_replacements=max_replacements)
+        return cls(kind="replace", max_again=max_replacements)
 
     def needed(self, size: int) -> int:
         """Members of a group of ``size`` that must succeed."""
         return min(self.least, size) if self.kind == "at_least" else size
 
-    def after(self, size: int, lost: int, replaced: int) -> AfterMember:
+    def after(self, outcome: Outcome, size: int, lost: int, replaced: int) -> AfterMember:
         """Decide after a member that did not succeed.
 
         Args:
+            outcome: How it ended.
             size: Members of the group.
-            lost: Members that did not succeed and were not replaced, this one included.
+            lost: Other members that did not succeed, and are not run again.
             replaced: Members run again so far.
         """
-        if self.kind == "replace" and replaced < self.max_replacements:
+        if outcome is Outcome.CANCELLED:
+            return AfterMember.STOP
+        may_repeat = self.kind == "replace" and outcome in _REPEATABLE
+        if may_repeat and replaced < self.max_again:
             return AfterMember.REPLACE
-        return AfterMember.GO_ON if size - lost >= self.needed(size) else AfterMember.STOP
+        return AfterMember.GO_ON if size - lost > self.needed(size) else AfterMember.STOP
+
+    def may_begin_again(self, outcome: Outcome, times: int) -> bool:
+        """Whether a group that ended so is run again as a whole.
+
+        Args:
+            outcome: How it ended.
+            times: It was run again before.
+        """
+        return self.kind == "all" and outcome in _REPEATABLE and times < self.max_again
+
+
+_REPEATABLE = (Outcome.FAILED, Outcome.EXPIRED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import trio
 
 from .errors import UsageError, WorkflowError
+from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
 from .rows import rows_from_result
 from .settlement import Failure, RolloutResult
@@ -38,15 +40,15 @@ class Verdict:
 ACCEPTED = Verdict(Outcome.ACCEPTED)
 REJECTED = Verdict(Outcome.REJECTED)
 CANCELLED = Verdict(Outcome.CANCELLED)
+ALL_MEMBERS = GroupPolicy.all()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class GroupTask:
     """One submission: what to run, what has run, and how it ends.
 
-    For now all members must succeed: the first that does not decides the group's verdict, and the
-    others are cancelled. The group settles when the last of its tasks has ended, so that it leaves
-    no orphan behind.
+    Which members must succeed is the policy's to say. The group settles when the last of its tasks
+    has ended, so that it leaves no orphan behind; a member that is run again does not unsettle it.
 
     Args:
         task_id: Unique among what is queued or running.
@@ -55,6 +57,7 @@ class GroupTask:
         should_accept: The filter, given the whole group.
         size: Members.
         deliver: Called once, with the group and its result.
+        policy: What becomes of it when a member does not succeed.
         is_eval: Holds no permit.
         is_batched: Belongs to a batch; ``wait`` and ``wait_for_task`` do not see it.
     """
@@ -65,20 +68,23 @@ class GroupTask:
     should_accept: AcceptFunction | None
     size: int
     deliver: Deliver
+    policy: GroupPolicy = ALL_MEMBERS
     is_eval: bool = False
     is_batched: bool = False
     permit: Permit | None = None
     number: int | None = None
     verdict: Verdict = ACCEPTED
-    cancelled: bool = False
-    to_start: int = field(init=False)
-    started: int = 0
-    ended: int = 0
-    scopes: list[trio.CancelScope] = field(default_factory=list)
+    stopped: bool = False
+    lost: int = 0  # members that did not succeed, and are not run again
+    replaced: int = 0  # members run again
+    requeued: int = 0  # times that the whole group went back into the queue, or was run again
+    to_start: deque[int] = field(init=False)  # indices of members
+    running: dict[int, trio.CancelScope] = field(default_factory=dict)
     rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
+    member_failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.to_start = self.size
+        self.to_start = deque(range(self.size))
 
     def __str__(self) -> str:
         return f"{self.task_id} (prompt {self.prompt_id})"
@@ -96,14 +102,12 @@ class GroupTask:
     @property
     def all_ended(self) -> bool:
         """Whether no member runs and none is to start."""
-        return self.to_start == 0 and self.ended == self.started
+        return not self.to_start and not self.running
 
     def start_member(self, timeout_s: float) -> int:
         """Count a member as started, set its deadline, and return its index."""
-        index = self.started
-        self.started += 1
-        self.to_start -= 1
-        self.scopes.append(trio.CancelScope(deadline=trio.current_time() + timeout_s))
+        index = self.to_start.popleft()
+        self.running[index] = trio.CancelScope(deadline=trio.current_time() + timeout_s)
         return index
 
     def take_result(self, index: int, result: object) -> Verdict:
@@ -117,25 +121,42 @@ class GroupTask:
         self.rows[index] = rows_from_result(result)
         return ACCEPTED
 
-    def member_ended(self, verdict: Verdict) -> None:
-        """Count a member as ended; the first that did not succeed ends the others."""
-        self.ended += 1
-        if verdict.outcome is not Outcome.ACCEPTED:
+    def member_ended(self, index: int, verdict: Verdict) -> None:
+        """Count a member as ended; one that did not succeed is the policy's business."""
+        del self.running[index]
+        if verdict.outcome is Outcome.ACCEPTED or self.stopped:
+            return
+        if verdict.failure is not None:
+            self.member_failures.append(verdict.failure)
+        after = self.policy.after(verdict.outcome, self.size, self.lost, self.replaced)
+        if after is AfterMember.REPLACE:
+            self.replaced += 1
+            self.to_start.append(index)
+        elif after is AfterMember.GO_ON:
+            self.lost += 1
+        else:
             self.stop(verdict)
 
     def stop(self, verdict: Verdict) -> None:
         """Start no further member, cancel those that run; the first verdict stands."""
         if self.verdict.outcome is Outcome.ACCEPTED:
             self.verdict = verdict
-        self.cancelled = True
-        self.to_start = 0
-        for scope in self.scopes:
+        self.stopped = True
+        self.to_start.clear()
+        for scope in self.running.values():
             scope.cancel()
 
+    def begin_again(self) -> None:
+        """Forget what its members did; all of them are to be run once more."""
+        self.requeued += 1
+        self.verdict, self.stopped, self.lost = ACCEPTED, False, 0
+        self.rows.clear()
+        self.to_start.extend(range(self.size))
+
     def accepted(self) -> Group:
-        """The group as the trainer gets it; every member has succeeded."""
+        """The group as the trainer gets it; a member that was lost has no rows."""
         return Group.of(
-            [self.rows[index] for index in range(self.size)],
+            [self.rows.get(index, ()) for index in range(self.size)],
             number=self.number if self.number is not None else -1,
             permit_version=self.permit.version if self.permit else -1,
             prompt_id=self.prompt_id,

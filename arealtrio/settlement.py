@@ -39,6 +39,8 @@ class RolloutResult:
         outcome: How it ended.
         group: Its trajectories, where it was accepted.
         failure: Why, where it failed or expired.
+        member_failures: Of members, in the order they happened; an accepted group may have some,
+            where its policy went on without them or ran them again.
         number: Its permit's number; None where it never had one (evaluation, or cancelled before).
     """
 
@@ -47,6 +49,7 @@ class RolloutResult:
     outcome: Outcome
     group: Group | None = None
     failure: Failure | None = None
+    member_failures: tuple[Failure, ...] = ()
     number: int | None = None
 
 
@@ -89,6 +92,12 @@ class RolloutCounts:
         self.running += 1
         self._check()
 
+    def requeue(self) -> None:
+        """One that was admitted went back into the queue."""
+        self.running -= 1
+        self.queued += 1
+        self._check()
+
     def settle(self, outcome: Outcome, *, was_running: bool) -> None:
         """One ended."""
         if was_running:
@@ -96,6 +105,12 @@ class RolloutCounts:
         else:
             self.queued -= 1
         self._settled[outcome] += 1
+        self._check()
+
+    def discard(self, count: int) -> None:
+        """Some that were accepted became too old before anybody took them: they expired."""
+        self._settled[Outcome.ACCEPTED] -= count
+        self._settled[Outcome.EXPIRED] += count
         self._check()
 
     def of(self, outcome: Outcome) -> int:

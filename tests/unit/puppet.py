@@ -172,7 +172,7 @@ def check_counts(executor: WorkflowExecutor) -> None:
         groups = [group for group in live if group.is_eval == is_eval]
         assert counts.queued == sum(not group.admitted for group in groups)
         assert counts.running == sum(group.admitted for group in groups)
-    members = sum(group.started - group.ended for group in live)
+    members = sum(len(group.running) for group in live)
     assert executor._admission.running_members == members <= executor._admission.concurrency
     stat = executor.staleness_manager.get_stats()
     assert stat.running == executor.counts.running

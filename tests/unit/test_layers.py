@@ -27,7 +27,7 @@ TOP = (
     ("executor",),
     ("admission", "batching", "results"),
     ("groups",),
-    ("delivery", "loader", "settlement"),
+    ("delivery", "failures", "group_policy", "loader", "settlement"),
 )
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
