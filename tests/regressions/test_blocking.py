@@ -62,7 +62,7 @@ async def test_d28_rollouts_that_run_cost_nothing_while_nothing_happens(
             await settled()
             instrument = Steps()
             trio.lowlevel.add_instrument(instrument)
-            await trio.sleep(100)
+            await trio.sleep(95)  # between two health checks
             trio.lowlevel.remove_instrument(instrument)
             return instrument.count
 
