@@ -33,6 +33,7 @@ from arealtrio.types import GenerationHyperparameters, Outcome
 from arealtrio.weights import WeightUpdate
 
 from .embedded_server import MAX_MODEL_LEN, save_weights
+from .faulty import Faulty, refuses
 from .puppet import Generates, Instant, Prompt, Puppet, check_counts, prompt_list, prompts, raises
 
 # Set where a thread is to end soon whatever the machine's load; nothing here waits for its end.
@@ -228,6 +229,31 @@ def test_a_start_that_fails_raises_what_happened() -> None:
     assert not threads()
     with pytest.raises(RolloutCrashed):
         rollout.get_version()
+
+
+def test_a_server_that_is_not_usable_is_named_at_the_start() -> None:
+    fleet = SimulatedFleet([SimulatedServerSettings()])
+    faulty = Faulty(fleet)
+    faulty.fault = refuses("/health")
+    config = RolloutConfig(servers=fleet.addresses)
+    with pytest.raises(NoServerAvailable, match="server-0: not usable"):
+        RolloutController(config, transport=faulty).__enter__()
+    assert not threads()
+
+
+def test_ctrl_c_while_it_starts_ends_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def get(self) -> None:
+            raise KeyboardInterrupt
+
+        def put(self, _: object) -> None:
+            pass
+
+    rollout = RolloutController(RolloutConfig(servers=["http://127.0.0.1:9"], setup_timeout_s=3600))
+    monkeypatch.setattr(rollout, "_started", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        rollout.__enter__()
+    assert not threads()
 
 
 def test_calls_before_entering_and_a_second_entry_are_refused() -> None:
