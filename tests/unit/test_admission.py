@@ -56,8 +56,8 @@ def start_all(admission: Admission) -> list[str]:
 
 
 def settle(admission: Admission, task: GroupTask, outcome: Outcome) -> None:
-    while task.ended < task.started:
-        task.ended += 1
+    while task.running:
+        task.running.popitem()
         admission.member_ended(task)
     admission.settled(task, outcome)
 
@@ -107,7 +107,7 @@ async def test_a_started_group_is_completed_during_a_pause() -> None:
     admission.enqueue(task)
     assert start_all(admission) == ["a0"]
     admission.paused = True
-    task.ended += 1
+    task.running.popitem()
     admission.member_ended(task)
     assert start_all(admission) == ["a1"]
 
@@ -171,7 +171,7 @@ async def test_a_group_withdrawn_while_it_starts_starts_no_further_member() -> N
     assert start_all(admission) == ["a0", "a1"]
     admission.withdraw(task)
     task.stop(CANCELLED)
-    task.ended += 1
+    task.running.popitem()
     admission.member_ended(task)
     assert start_all(admission) == ["b0"]
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import trio
 
-from arealtrio.errors import UsageError, WorkflowError
+from arealtrio.errors import ConfigError, UsageError, WorkflowError
+from arealtrio.group_policy import GroupPolicy
 from arealtrio.groups import (
     ACCEPTED,
     CANCELLED,
@@ -54,9 +55,9 @@ def accept_all(_: Group) -> bool:
 
 async def test_each_member_has_a_deadline_from_its_own_start() -> None:
     group = await started(2)
-    assert group.to_start == 0
+    assert not group.to_start
     assert not group.all_ended
-    for scope in group.scopes:
+    for scope in group.running.values():
         assert 0 < scope.deadline - trio.current_time() <= 5
         assert math.isfinite(scope.deadline)
 
@@ -65,7 +66,7 @@ async def test_it_is_accepted_when_the_last_member_is() -> None:
     group = await started(2)
     for index in (1, 0):
         assert group.take_result(index, row(reward=index)) is ACCEPTED
-        group.member_ended(ACCEPTED)
+        group.member_ended(index, ACCEPTED)
         assert group.all_ended == (index == 0)
     assert group.verdict is ACCEPTED
     accepted = group.accepted()
@@ -80,15 +81,82 @@ async def test_the_first_that_does_not_succeed_ends_the_others(verdict: Verdict)
     group = make(4)
     for _ in range(3):
         group.start_member(5.0)
-    group.member_ended(ACCEPTED)
-    group.member_ended(verdict)
-    assert group.cancelled
-    assert group.to_start == 0
-    assert all(scope.cancel_called for scope in group.scopes)
+    group.member_ended(0, ACCEPTED)
+    group.member_ended(1, verdict)
+    assert group.stopped
+    assert not group.to_start
+    assert all(scope.cancel_called for scope in group.running.values())
     assert not group.all_ended  # one is still to leave
-    group.member_ended(CANCELLED)
+    group.member_ended(2, CANCELLED)
     assert group.all_ended
     assert group.verdict is verdict  # the first stands
+
+
+async def test_at_least_goes_on_without_members_while_enough_can_still_succeed() -> None:
+    group = await started(4)
+    group.policy = GroupPolicy.at_least(2)
+    for index, verdict in ((0, FAILED), (2, REJECTED)):
+        group.member_ended(index, verdict)
+        assert not group.stopped
+    group.rows[1] = group.rows[3] = (row(),)
+    group.member_ended(1, ACCEPTED)
+    group.member_ended(3, ACCEPTED)
+    assert group.all_ended
+    assert group.verdict is ACCEPTED
+    assert [len(member) for member in group.accepted().members] == [0, 1, 0, 1]
+    assert group.member_failures == [FAILED.failure]
+
+
+async def test_at_least_ends_the_group_when_too_few_are_left() -> None:
+    group = await started(3)
+    group.policy = GroupPolicy.at_least(2)
+    group.member_ended(0, FAILED)
+    assert not group.stopped
+    group.member_ended(1, FAILED)
+    assert group.stopped
+    assert group.verdict is FAILED
+
+
+async def test_replace_runs_a_failed_member_again_so_many_times_and_keeps_the_others() -> None:
+    group = await started(2)
+    group.policy = GroupPolicy.replace(2)
+    group.rows[1] = (row(),)
+    group.member_ended(1, ACCEPTED)
+    for _ in range(2):
+        group.member_ended(0, FAILED)
+        assert list(group.to_start) == [0]
+        assert group.start_member(5.0) == 0
+    group.member_ended(0, FAILED)
+    assert group.stopped
+    assert group.verdict is FAILED
+
+
+async def test_replace_does_not_draw_until_the_workflow_likes_it() -> None:
+    group = await started(2)
+    group.policy = GroupPolicy.replace(2)
+    group.member_ended(0, REJECTED)
+    assert group.stopped
+    assert group.verdict is REJECTED
+
+
+async def test_a_group_that_begins_again_forgets_what_it_had() -> None:
+    group = await started(2)
+    group.rows[0] = (row(),)
+    group.member_ended(0, ACCEPTED)
+    group.member_ended(1, FAILED)
+    group.begin_again()
+    assert group.verdict is ACCEPTED
+    assert not group.stopped
+    assert list(group.to_start) == [0, 1]
+    assert not group.rows
+    assert group.requeued == 1
+
+
+@pytest.mark.parametrize("make_policy", [lambda: GroupPolicy.all(-1), lambda: GroupPolicy.at_least(0),
+                                         lambda: GroupPolicy.replace(0)])  # fmt: skip
+def test_a_policy_of_impossible_numbers_is_refused(make_policy: Any) -> None:
+    with pytest.raises(ConfigError):
+        make_policy()
 
 
 def test_none_rejects_and_anything_else_has_to_be_rows() -> None:
