@@ -152,8 +152,10 @@ async def test_a_group_that_begins_again_forgets_what_it_had() -> None:
     assert group.requeued == 1
 
 
-@pytest.mark.parametrize("make_policy", [lambda: GroupPolicy.all(-1), lambda: GroupPolicy.at_least(0),
-                                         lambda: GroupPolicy.replace(0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_policy",
+    [lambda: GroupPolicy.all(-1), lambda: GroupPolicy.at_least(0), lambda: GroupPolicy.replace(0)],
+)
 def test_a_policy_of_impossible_numbers_is_refused(make_policy: Any) -> None:
     with pytest.raises(ConfigError):
         make_policy()
