@@ -71,6 +71,11 @@ class RolloutConfig:
         vocab_size: Token ids must be below it; None asks the server, and checks nothing where it
             does not say.
         headers: Sent with every request (authentication); never logged.
+        server_headers: Further headers by server, which win over ``headers``; never logged. Servers
+            that are added later may be named too.
+        ca_file: Certificate authorities, in PEM, that https servers are checked against; None takes
+            the system's. For more (client certificates, another authority for each server), pass
+            ``open_engine`` an ``HttpTransport(ssl_context=…)``.
         max_consecutive_failures: Groups that may fail in a row before a waiting call ends with
             TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
         max_failure_ratio: Share of failures among the last ``failure_window`` groups above which a
@@ -82,6 +87,11 @@ class RolloutConfig:
             server keeps per request, and with stop strings, which may lie across the joint.
         rollout_timeout_s: Deadline of one rollout, from its start to its settlement.
         segment_timeout_s: Deadline of one generation request.
+        first_byte_timeout_s: Of a streamed one, from the request to its first token. It covers the
+            server's own queue and prefill.
+        idle_timeout_s: Of a streamed one, between two tokens. A paused server sends nothing, so
+            choose it above your longest weight update; what it finds sooner than
+            ``segment_timeout_s`` is a server that hangs and keeps its connections.
         connect_timeout_s: Name resolution, TCP and TLS.
         control_timeout_s: One request that pauses or resumes a server.
         update_timeout_s: One request that loads weights.
@@ -100,6 +110,18 @@ class RolloutConfig:
             no more. Each segment costs one round trip, and prefill of what the prefix cache lost.
             None asks for all at once. Not used where going on would not be exact; see
             ``allow_inexact_resume``.
+        streaming: Take tokens as they are made, so that a server that dies costs none of those that
+            came. It costs an event for each token: about 10 µs of this process, and some 300 bytes
+            (in one piece, 25 or so). SGLang has to run with ``--incremental-streaming-output``; one
+            that does not is asked for whole answers, because each of its events repeats all tokens,
+            n² bytes for n. ``segment_tokens`` bounds the loss without that cost.
+        affinity_size: Sessions remembered with the server that holds their prefix, the least
+            recently used forgotten first; 0 is no affinity. Choose it above the sessions in flight.
+        adaptive_caps: Lower a server's cap while it reports preemptions or a full key-value cache,
+            and raise it again after. Worth it where answers are long, so that what a server could
+            start is more than it can hold; see ``pressure_interval_s``.
+        pressure_interval_s: Between two looks at a server's metrics for it. Choose some tens of
+            decode steps.
         setup_timeout_s: Until all servers answer at the start.
         close_timeout_s: For running rollouts to leave when the executor closes.
         response_size_bytes: Answers above this are refused.
@@ -124,6 +146,8 @@ class RolloutConfig:
     model: str | None = None
     vocab_size: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    server_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    ca_file: str | None = None
     max_consecutive_failures: int = 64
     max_failure_ratio: float = 1.0
     failure_window: int = 256
@@ -131,6 +155,8 @@ class RolloutConfig:
     allow_inexact_resume: bool = False
     rollout_timeout_s: float = 7200.0
     segment_timeout_s: float = 3600.0
+    first_byte_timeout_s: float = 900.0
+    idle_timeout_s: float = 900.0
     connect_timeout_s: float = 10.0
     control_timeout_s: float = 60.0
     update_timeout_s: float = 600.0
@@ -143,6 +169,10 @@ class RolloutConfig:
     no_server_grace_s: float = 300.0
     max_failovers: int = 8
     segment_tokens: int | None = None
+    streaming: bool = False
+    affinity_size: int = 65536
+    adaptive_caps: bool = False
+    pressure_interval_s: float = 2.0
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
     response_size_bytes: int = 256 * 2**20
@@ -160,6 +190,7 @@ class RolloutConfig:
         _one_of("priority", self.priority, PRIORITIES)
         self._check_counts()
         self._check_caps()
+        self._check_headers()
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
             _finite_positive(name, getattr(self, name))
 
@@ -190,6 +221,7 @@ class RolloutConfig:
             ("eject_after_failures", 1),
             ("max_failovers", 0),
             ("segment_tokens", 1),
+            ("affinity_size", 0),
         ):
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
@@ -218,6 +250,23 @@ class RolloutConfig:
                     f"max_requests_per_server must be an integer of at least 1, not {cap!r}"
                 )
 
+    def _check_headers(self) -> None:
+        """Names and values alone are checked here, and never repeated: they hold secrets."""
+        named = {normalise_address(s): dict(h) for s, h in self.server_headers.items()}
+        object.__setattr__(self, "server_headers", named)
+        for headers in (self.headers, *named.values()):
+            if not all(isinstance(part, str) for pair in headers.items() for part in pair):
+                raise ConfigError("a header is a name and a value, both of them text")
+
+    def headers_of(self, server: str) -> tuple[tuple[str, str], ...]:
+        """The headers of every request to a server; its own win, whatever the case of the names."""
+        own = self.server_headers.get(server, {})
+        lower = {name.lower() for name in own}
+        shared = (
+            (name, value) for name, value in self.headers.items() if name.lower() not in lower
+        )
+        return (*shared, *own.items())
+
     def cap_of(self, server: str) -> int | None:
         """The cap configured for a server; None where the server is to be asked."""
         caps = self.max_requests_per_server
@@ -230,9 +279,17 @@ class RolloutConfig:
             return self.queue_size
         return 2 * (self.max_staleness + 1) * self.consumer_batch_size
 
-    def segment_limits(self) -> TimeLimits:
-        """The limits of a generation request: the answer comes all at once, at its end."""
-        return TimeLimits.of(self.segment_timeout_s, connect_s=self.connect_timeout_s)
+    def segment_limits(self, *, streamed: bool = False) -> TimeLimits:
+        """The limits of a generation request; not streamed, its answer comes all at the end."""
+        whole_s = self.segment_timeout_s
+        if not streamed:
+            return TimeLimits.of(whole_s, connect_s=self.connect_timeout_s)
+        return TimeLimits(
+            connect_s=min(self.connect_timeout_s, whole_s),
+            first_byte_s=min(self.first_byte_timeout_s, whole_s),
+            idle_s=min(self.idle_timeout_s, whole_s),
+            total_s=whole_s,
+        )
 
     def control_limits(self, total_s: float) -> TimeLimits:
         """The limits of a control request of at most ``total_s`` seconds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -29,7 +29,7 @@ from .errors import (
 from .leases import HeldSlot, LeaseQueue, Waiter
 from .ordering import UNKNOWN_ORIGIN, Line, Origin, make_line
 from .scheduling import CAP_MAX, DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePolicy, make_policy
-from .transport import Transport
+from .transport import StreamedResponse, Transport
 from .types import HttpRequest, HttpResponse, PauseMode, TimeLimits
 from .wire.dialect import Dialect, ServerInfo, ServerLoad
 
@@ -77,6 +77,7 @@ class Server:
         tainted: A load failed or was cut short, so its weights are not known.
         held: Pause scopes that hold it now.
         trial_cap: Requests it may have while it proves itself after a failure; None: its cap.
+        pressure_cap: Requests it may have while it is short of cache; None: its cap.
     """
 
     address: str
@@ -98,10 +99,17 @@ class Server:
     tainted: bool = False
     held: int = 0
     trial_cap: int | None = None
+    pressure_cap: int | None = None
     changed: trio.Event = field(default_factory=trio.Event)
     control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
     restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
     in_flight: set[trio.CancelScope] = field(default_factory=set)
+
+    @property
+    def allowed(self) -> int:
+        """Requests it may have in flight now, where it is in service: the least of its caps."""
+        caps = (self.cap, self.trial_cap, self.pressure_cap)
+        return min(cap for cap in caps if cap is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ class ServerStatistics:
     ejections: int = 0
     failovers: int = 0
     tokens_kept: int = 0
+    allowed: int = 0  # of its cap, now
 
 
 class Lease:
@@ -195,7 +204,6 @@ class ServerPool:
         self.update_lock = trio.Lock()  # versions reach every server in one order
         self._pauses = 0  # scopes that hold the whole pool
         self._transport = transport
-        self._headers = tuple(config.headers.items())
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
         line: Line[Waiter] = make_line(config.queue_order, config.queue_overtakes_max)
@@ -242,6 +250,7 @@ class ServerPool:
                 ejections=server.ejections,
                 failovers=server.failovers,
                 tokens_kept=server.tokens_kept,
+                allowed=server.allowed,
             )
             for server in self.servers
         )
@@ -371,6 +380,19 @@ class ServerPool:
             server.trial_cap = None
         self.set_state(server, server.state, server.reason)
 
+    def relieve(self, server: Server, cap: int | None) -> None:
+        """Hold a server below its cap while it is short of cache; None lets it have its cap.
+
+        Its state is the same, so whoever waits for that is not woken: health checks go on.
+        """
+        server.pressure_cap = cap
+        self._apply_cap(server)
+
+    def serves(self, address: str) -> bool:
+        """Whether the server of an address is there, and takes requests or will in a moment."""
+        server = self._servers.get(address)
+        return server is not None and server.state in IN_SERVICE
+
     def named(self, address: str) -> Server:
         """The server of an address.
 
@@ -387,14 +409,17 @@ class ServerPool:
     def set_state(self, server: Server, state: ServerState, reason: str = "") -> None:
         """Set a server's state; only READY takes requests. Wakes whoever it concerns."""
         server.state, server.reason = state, reason
-        if state is not ServerState.GONE:
-            allowed = server.cap if server.trial_cap is None else server.trial_cap
-            self._policy.set_cap(server.address, allowed if state is ServerState.READY else 0)
-        self._leases.hand_over()
+        self._apply_cap(server)
         changed, server.changed = server.changed, trio.Event()
         changed.set()
         changed, self.service_changed = self.service_changed, trio.Event()
         changed.set()
+
+    def _apply_cap(self, server: Server) -> None:
+        if server.state is not ServerState.GONE:
+            allowed = server.allowed if server.state is ServerState.READY else 0
+            self._policy.set_cap(server.address, allowed)
+        self._leases.hand_over()
 
     def succeeded(self, server: Server) -> None:
         """A request to a server went well; one on trial may have twice as many (slow start)."""
@@ -511,7 +536,19 @@ class ServerPool:
             server.address,
             request,
             limits,
-            headers=self._headers,
+            headers=self.config.headers_of(server.address),
+            size_bytes_max=self.config.response_size_bytes,
+        )
+
+    def stream(
+        self, server: Server, request: HttpRequest, limits: TimeLimits
+    ) -> AbstractAsyncContextManager[StreamedResponse]:
+        """Like ``send``, entered once status and headers are there; the body is read within."""
+        return self._transport.stream(
+            server.address,
+            request,
+            limits,
+            headers=self.config.headers_of(server.address),
             size_bytes_max=self.config.response_size_bytes,
         )
 
