@@ -21,7 +21,8 @@ from .engine import Engine
 from .http import BodyTooLarge, detail, json_response, never_answer, read_body
 from .settings import ServerSettings
 from .sglang_error import Json, SglangError
-from .sglang_generate import Frontend, Reply, refusal
+from .sglang_frontend import Frontend
+from .sglang_generate import Reply, refusal
 from .sglang_memory import Memory, release, resume
 from .sglang_metrics import sglang_metrics_page
 from .sglang_request import GenerateBody, decode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .sglang_generate import Frontend
+from .sglang_frontend import Frontend
 from .sglang_weights import Weights
 
 TAGS = ("kv_cache", "weights", "cuda_graph")

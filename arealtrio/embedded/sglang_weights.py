@@ -16,7 +16,7 @@ import msgspec
 
 from .scheduler import EngineDead
 from .sglang_error import Json, engine_died, failed
-from .sglang_generate import Frontend
+from .sglang_frontend import Frontend
 from .tensors import tensors
 
 NOT_FLUSHED = (

@@ -111,6 +111,16 @@ def test_processed_logprobs_are_of_the_distribution_drawn_from(
     assert answer.logprob == pytest.approx(float(expected[answer.token_id]), abs=1e-9)
 
 
+@given(rows, st.floats(0.1, 4), st.integers(1, 5), st.floats(0.05, 1), st.integers(0, 9))
+def test_scaled_logprobs_know_the_temperature_and_no_filter(
+    row: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    answer = drawn(params, seed, row, mode="scaled_logprobs")
+    expected = log_softmax(np.asarray(row, dtype=np.float32) / np.float64(temperature))
+    assert answer.logprob == pytest.approx(float(expected[answer.token_id]), abs=1e-9)
+
+
 def test_the_best_are_reported_in_order() -> None:
     answer = drawn(SamplingParams(logprobs=3))
     assert [(one.token_id, one.rank) for one in answer.top] == [(0, 1), (1, 2), (2, 3)]

@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from arealtrio.embedded.serve import GRACE_S, RunningServer, ServerSettings, running_server, serve
+from arealtrio.embedded.settings import DialectName
 from arealtrio.errors import ConfigError
 
 from .embedded_server import ENDLESS, PROMPT, Watch, open_line, save_weights
@@ -148,11 +149,28 @@ async def test_it_listens_on_ipv6(weights: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"port": -1}, {"max_num_seqs": 0}, {"max_model_len": 1}, {"token_time_s": float("nan")},
-     {"token_time_s": -1.0}, {"logprobs_mode": "none"}, {"dialect": "none"}],
+     {"token_time_s": -1.0}, {"logprobs_mode": "none"}, {"dialect": "none"},
+     {"health_time_s": -1.0}, {"logprobs_mode": "scaled_logprobs"},
+     {"logprobs_mode": "processed_logprobs", "dialect": "sglang"}],
 )  # fmt: skip
 def test_settings_are_checked(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         ServerSettings(weights=Path("x"), **change)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "mode"), [("vllm", "raw_logprobs"), ("sglang", "scaled_logprobs")]
+)
+def test_each_dialect_has_its_own_logprobs(dialect: DialectName, mode: str) -> None:
+    assert ServerSettings(weights=Path("x"), dialect=dialect).reported_logprobs == mode
+
+
+async def test_a_process_speaks_the_dialect_it_was_told(weights: Path) -> None:
+    options = ("--dialect", "sglang", "--incremental-streaming-output")
+    async with process(weights, *options) as (_, url), httpx.AsyncClient() as client:
+        info = (await client.get(f"{url}/server_info")).json()
+    assert info["version"].startswith("0.5")
+    assert info["incremental_streaming_output"]
 
 
 @asynccontextmanager
