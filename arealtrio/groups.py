@@ -138,8 +138,11 @@ class GroupTask:
             self.stop(verdict)
 
     def stop(self, verdict: Verdict) -> None:
-        """Start no further member, cancel those that run; the first verdict stands."""
-        if self.verdict.outcome is Outcome.ACCEPTED:
+        """Start no further member, cancel those that run.
+
+        The first verdict stands, but for a cancellation: what was withdrawn is not run again.
+        """
+        if self.verdict.outcome is Outcome.ACCEPTED or verdict.outcome is Outcome.CANCELLED:
             self.verdict = verdict
         self.stopped = True
         self.to_start.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from arealtrio.errors import (
     UsageError,
     WorkflowError,
 )
+from arealtrio.group_policy import GroupPolicy
 from arealtrio.settlement import RolloutResult
 from arealtrio.testing import FixedLengths, LogNormalLengths, checkpoint, simulated_executor
 from arealtrio.trajectory import Batch, Group
@@ -582,6 +584,31 @@ async def test_a_cancelled_rollout_batch_cancels_what_it_started(autojump_clock:
         assert fleet.servers[0].generations == 0
         check_counts(executor)
         assert executor.get_capacity() == 8
+
+
+async def test_what_was_withdrawn_is_not_run_again(autojump_clock: Clock) -> None:
+    class Lingers(Puppet):
+        async def arun_episode(self, engine: Any, data: Prompt, /) -> Any:
+            try:
+                return await super().arun_episode(engine, data)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(1)  # as an abort may take
+
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        puppet, policy = Lingers(), GroupPolicy.all(max_retries=5)
+        async with trio.open_nursery() as nursery:
+            batch = partial(executor.rollout_batch, prompt_list(1), puppet, group_policy=policy)
+            call = Deferred(nursery, partial(batch, group_size=2))
+            await settled()
+            puppet.running[0].end(ValueError("one of them"))
+            await trio.sleep(1.5)  # the group has failed, and its other member is leaving
+            call.scope.cancel()
+        await trio.sleep(5)
+        assert not puppet.running
+        assert len(puppet.started) == 2
+        assert executor.counts.of(Outcome.CANCELLED) == 1
+        check_counts(executor)
 
 
 # --- version, pause ------------------------------------------------------------------------------

@@ -178,6 +178,14 @@ def test_its_names() -> None:
     assert not make().admitted
 
 
+async def test_what_its_owner_withdrew_is_cancelled_whatever_went_before() -> None:
+    group = await started(2)
+    group.member_ended(0, FAILED)
+    group.stop(CANCELLED)
+    group.member_ended(1, CANCELLED)
+    assert group.verdict is CANCELLED
+
+
 # --- what the caller gave ------------------------------------------------------------------------
 
 
