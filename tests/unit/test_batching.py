@@ -160,6 +160,39 @@ async def test_a_batch_waits_for_lower_permits_and_with_keep_does_not(
             assert prompt_ids(call.value) == ([0, 1] if policy == "wait" else [1, 2])
 
 
+@pytest.mark.parametrize("policy", ["requeue", "drop"])
+async def test_a_straggler_is_stopped_when_it_can_no_longer_be_in_time(
+    policy: Any, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(
+        servers=1,
+        consumer_batch_size=1,
+        max_staleness=1,
+        max_concurrent_rollouts=9,
+        straggler_policy=policy,
+    ) as (executor, _):
+        puppet, loader, seen = Puppet(), prompt_list(6), []
+        for version in range(1, 4):
+            async with trio.open_nursery() as nursery:
+                call = Deferred(nursery, executor.prepare_batch, loader, puppet)
+                await settled()
+                if version == 1:
+                    assert sorted(puppet.started) == [0, 1]
+                for rollout in list(puppet.running):
+                    if rollout.prompt_id != 0 or version == 3:  # the straggler, until version 3
+                        rollout.end()
+            batch = call.value
+            assert batch.staleness().max() <= 1
+            seen += prompt_ids(batch)
+            await executor.set_version(version)
+            await settled()
+            check_counts(executor)
+        assert puppet.started.count(0) == (2 if policy == "requeue" else 1)
+        assert executor.counts.of(Outcome.EXPIRED) == (0 if policy == "requeue" else 1)
+        assert (0 in seen) == (policy == "requeue")
+        assert executor.staleness_violations == 0
+
+
 async def test_keep_counts_what_is_too_old(autojump_clock: Clock) -> None:
     async with simulated_executor(
         servers=1, consumer_batch_size=1, max_concurrent_rollouts=9, straggler_policy="keep"
