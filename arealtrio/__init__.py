@@ -1,5 +1,6 @@
 """arealtrio: the rollout half of asynchronous RL for language models."""
 
+from .asyncio_workflow import AsyncioWorkflow
 from .config import RolloutConfig
 from .controller import RolloutController
 from .engine import RemoteEngine, open_engine
@@ -13,6 +14,10 @@ from .errors import (
     ProtocolError,
     RequestRejected,
     ResponseTooLarge,
+    RewardCrashed,
+    RewardError,
+    RewardRaised,
+    RewardTimedOut,
     RolloutClosed,
     RolloutCrashed,
     RolloutError,
@@ -28,6 +33,7 @@ from .errors import (
 )
 from .executor import WorkflowExecutor, open_executor
 from .group_policy import GroupPolicy
+from .reward import AsyncRewardWrapper, ProcessReward, RewardOutcome, RewardPool
 from .scheduling import (
     LeastRequestPolicy,
     LeastRequestPrioritySchedulePolicy,
@@ -52,6 +58,8 @@ from .workflow import MultiTurnWorkflow, RLVRWorkflow, RolloutWorkflow, SingleTu
 
 __all__ = [
     "ArealTrioError",
+    "AsyncRewardWrapper",
+    "AsyncioWorkflow",
     "Batch",
     "CollateBuffers",
     "ConfigError",
@@ -71,11 +79,18 @@ __all__ = [
     "NoServerAvailable",
     "Outcome",
     "Permit",
+    "ProcessReward",
     "ProtocolError",
     "RLVRWorkflow",
     "RemoteEngine",
     "RequestRejected",
     "ResponseTooLarge",
+    "RewardCrashed",
+    "RewardError",
+    "RewardOutcome",
+    "RewardPool",
+    "RewardRaised",
+    "RewardTimedOut",
     "RolloutClosed",
     "RolloutConfig",
     "RolloutController",

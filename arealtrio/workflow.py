@@ -145,6 +145,12 @@ class _RewardedWorkflow:
     def _decode(self, ids: Int32Array) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.decode(ids.tolist())
 
+    def _warm_up(self) -> None:
+        """Let a reward that needs processes start them while the answer is generated."""
+        warm_up = getattr(self._reward_fn, "warm_up", None)
+        if warm_up is not None:
+            warm_up()
+
     async def _reward(self, response: ModelResponse, data: Mapping[str, Any]) -> float | None:
         result = self._reward_fn(
             self._decode(response.input_tokens),
@@ -166,8 +172,9 @@ class SingleTurnWorkflow(_RewardedWorkflow):
             signature: the two texts (None where there is no tokenizer), the int32 token ids, and
             the prompt's data, less any keys of those four names. It returns a finite number, or
             None to reject the rollout. It may be async. A synchronous one runs in the event loop,
-            and while it runs nothing else does: only for what takes well under a millisecond. A
-            slow or untrusted one belongs in a process of its own.
+            and while it runs nothing else does: only for what takes well under a millisecond. One
+            that computes, or can hang or crash, belongs in a ``ProcessReward``; what that raises
+            (``RewardError``) fails the rollout.
         gconfig: How to sample; ``n_samples`` is 1.
         tokenizer: Any object with ``encode`` and ``decode``, and ``apply_chat_template`` for chats;
             None where the data holds token ids and the reward needs no text.
@@ -202,6 +209,7 @@ class SingleTurnWorkflow(_RewardedWorkflow):
             InvalidRequest: If the prompt is no vector of token ids.
             WorkflowError: If the data holds no prompt, or the reward is no finite number.
         """
+        self._warm_up()
         session = None if "prompt_id" not in data else str(data["prompt_id"])
         request = ModelRequest(self._prompt_ids(data), self._gconfig, session=session)
         response = await engine.agenerate(request)
@@ -291,6 +299,7 @@ class MultiTurnWorkflow(_RewardedWorkflow):
             InvalidRequest: If the prompt is no vector of token ids.
             WorkflowError: If the data holds no prompt, or a reward is no finite number.
         """
+        self._warm_up()
         row = RowBuilder().append_prompt(self._prompt_ids(data))
         session = f"{data.get('prompt_id', '')}#{next(_episodes)}"
         turns_before = 0

@@ -39,12 +39,13 @@ SERVING_WING = (
     ("lengths",),
 )
 DATA_WING = (
-    ("reward", "staleness", "trajectory", "workflow"),
+    ("asyncio_workflow", "reward", "staleness", "trajectory", "workflow"),
+    ("reward_worker",),
     ("rows", "to_torch"),
 )
 # Under both wings.
 FOUNDATION = (
-    ("observe", "waiting"),
+    ("bridge", "lifetime", "observe", "waiting"),
     ("config",),
     ("types",),
     ("_core", "errors"),
@@ -71,18 +72,20 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
-        "cli demo controller executor groups waiting engine weights supervision servers leases "
-        "transport reward workflow observe embedded testing"
+        "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
+        "weights supervision servers leases transport reward workflow observe embedded testing"
     ),
+    "trio_asyncio": "asyncio_workflow",
+    "trio_parallel": "reward",
     # Of the standard library: threads, processes and sockets have doors too.
-    "asyncio": "",
+    "asyncio": "asyncio_workflow",
     "concurrent": "controller",
     "http": "",
-    "multiprocessing": "reward",
+    "multiprocessing": "reward_worker",
     "requests": "",
     "socket": "transport embedded",
     "ssl": "transport",
-    "subprocess": "reward demo",
+    "subprocess": "demo",
     "threading": "controller staleness",  # staleness: for the public `lock` that AReaL has
     "urllib3": "",
 }
@@ -206,7 +209,8 @@ def test_outside_libraries_come_through_their_doors() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w-]", wanted)[0] for wanted in project["dependencies"]}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["asyncio"]]
+    declared = {re.split(r"[^\w-]", name)[0].replace("-", "_") for name in wanted}
     used = {i.name.split(".")[0] for i in OUTSIDE} - sys.stdlib_module_names - set(GUESTS)
     assert used <= declared, "another package brings it along today: declare it in pyproject.toml"
 

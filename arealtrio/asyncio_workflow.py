@@ -1,0 +1,194 @@
+"""Workflows written for asyncio, as AReaL's are, on trio."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from .bridge import Bridge
+from .errors import ConfigError, WorkflowError
+from .lifetime import OncePerRun
+from .rows import WorkflowResult
+from .types import ModelRequest, ModelResponse
+
+logger = logging.getLogger(__name__)
+
+# What asyncio says where it finds no loop of its own, and trio where a coroutine yields a Future.
+SIGNS = (
+    "no running event loop",
+    "There is no current event loop",
+    "You're within a Trio environment",
+    "trio.run received unrecognized yield message",
+)
+
+
+class AsyncioEngine:
+    """The engine as asyncio code sees it.
+
+    Args:
+        engine: What really generates, on trio.
+        bridge: To there.
+    """
+
+    def __init__(self, engine: Any, bridge: Bridge) -> None:
+        self._engine = engine
+        self._bridge = bridge
+
+    async def agenerate(self, request: ModelRequest, /) -> ModelResponse:
+        """Generate. Cancelling the asyncio task, or its rollout, aborts it on its server."""
+        response: ModelResponse = await self._bridge.call(self._engine.agenerate, request)
+        return response
+
+    def get_version(self) -> int:
+        """Return the version that a request sent now would be made by."""
+        return int(self._engine.get_version())
+
+
+class AsyncioWorkflow:
+    """Runs a workflow that was written for asyncio, unchanged, as a rollout on trio.
+
+    Its code runs in an asyncio loop inside the trio run (by ``trio-asyncio``); ``asyncio.gather``,
+    ``sleep``, ``Queue``, ``wait_for`` and libraries for asyncio work as they do elsewhere. All such
+    workflows of one run share one loop, so sessions and locks may be shared between rollouts. It
+    opens at the first use and closes with the run.
+
+    Cancellation passes both ways: a rollout that is cancelled, or too late, raises
+    ``asyncio.CancelledError`` in the workflow; a generation whose asyncio task is cancelled is
+    aborted on its server. Exceptions arrive as themselves. When the rollout ends, so do its
+    generations and rewards, also those of tasks it forgot; what such a task does otherwise ends
+    with the loop, and an exception of it is logged.
+
+    To import ``trio-asyncio`` replaces asyncio's event loop policy for the process; asyncio outside
+    of trio goes on to work.
+
+    Args:
+        workflow: An object with an asyncio coroutine method ``arun_episode(engine, data)``.
+
+    Raises:
+        ConfigError: If it has none, or ``trio-asyncio`` is not installed (it comes with
+            ``arealtrio[asyncio]``).
+    """
+
+    def __init__(self, workflow: Any) -> None:
+        if not inspect.iscoroutinefunction(getattr(workflow, "arun_episode", None)):
+            raise ConfigError(
+                "AsyncioWorkflow needs a workflow with a coroutine method arun_episode(engine, "
+                f"data), and {type(workflow).__name__} has none"
+            )
+        _trio_asyncio()
+        self.workflow = workflow
+
+    async def arun_episode(self, engine: Any, data: Mapping[str, Any], /) -> WorkflowResult:
+        """Run one rollout.
+
+        Args:
+            engine: Generates.
+            data: One prompt's.
+
+        Returns:
+            What the workflow returned.
+
+        Raises:
+            Exception: What the workflow raised.
+            WorkflowError: If its asyncio task was cancelled by itself.
+        """
+        loop = await _LOOP.get()
+        run = self.workflow.arun_episode
+        error: Exception | None = None
+        result: WorkflowResult = None
+        async with trio.open_nursery() as nursery:
+            bridge = Bridge(loop, nursery)
+            try:
+                result = await _in_asyncio(
+                    loop, bridge.episode, run, AsyncioEngine(engine, bridge), data
+                )
+            except Exception as exc:  # noqa: BLE001 - raised below, where no group is put around it
+                error = exc
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+        return result
+
+
+async def _in_asyncio(loop: Any, run: Callable[..., Awaitable[Any]], *args: object) -> Any:
+    """Run an asyncio function as a task of the loop, and wait until it has ended.
+
+    ``CancelledError`` is no Exception, and would go through the executor as a crash.
+    """
+    try:
+        return await loop.run_aio_coroutine(run(*args))
+    except asyncio.CancelledError as exc:
+        raise WorkflowError(
+            "the workflow's asyncio task was cancelled, and not by its rollout: the workflow "
+            "cancelled itself, or awaited a cancelled task"
+        ) from exc
+
+
+def explain_asyncio(error: Exception, workflow: object) -> Exception:
+    """Return the error to record for one that a workflow raised.
+
+    A workflow for asyncio that is handed in bare fails in ways that name neither it nor the cure.
+
+    Args:
+        error: As raised.
+        workflow: What raised it.
+
+    Returns:
+        A WorkflowError that names ``AsyncioWorkflow``, caused by ``error``, where it is of this
+        kind; any other ``error`` itself.
+    """
+    if isinstance(workflow, AsyncioWorkflow) or not _misses_asyncio(error):
+        return error
+    explained = WorkflowError(
+        f"{type(workflow).__qualname__} uses asyncio, and rollouts run on trio: wrap it, "
+        "AsyncioWorkflow(workflow)"
+    )
+    explained.__cause__ = error
+    return explained
+
+
+def _misses_asyncio(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError | TypeError | AttributeError):
+        return False
+    return any(sign in str(error) for sign in SIGNS) or _raised_in_asyncio(error)
+
+
+def _raised_in_asyncio(error: Exception) -> bool:
+    """Whether asyncio itself raised it; some of it takes the missing loop for None, and goes on."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and str(last.tb_frame.f_globals.get("__name__")).startswith("asyncio.")
+
+
+def _trio_asyncio() -> Any:
+    try:
+        import trio_asyncio  # here, because to import it changes asyncio for the process
+    except ImportError as exc:
+        raise ConfigError(
+            "AsyncioWorkflow needs trio-asyncio: pip install 'arealtrio[asyncio]'"
+        ) from exc
+    return trio_asyncio
+
+
+@asynccontextmanager
+async def _open_loop() -> AsyncIterator[Any]:
+    async with _trio_asyncio().open_loop() as loop:
+        # By default the loop would crash of what nobody awaits, and the entire run with it.
+        loop.set_exception_handler(_log)
+        yield loop
+
+
+def _log(_: Any, context: Mapping[str, Any]) -> None:
+    logger.error(
+        "in an asyncio workflow: %s", context.get("message"), exc_info=context.get("exception")
+    )
+
+
+_LOOP: OncePerRun[Any] = OncePerRun("asyncio loop of the workflows", _open_loop)

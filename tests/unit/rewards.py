@@ -1,0 +1,96 @@
+"""Reward functions for the processes of a pool: they import this module by name."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_initialized = False
+
+
+def initialize() -> None:
+    global _initialized  # noqa: PLW0603
+    _initialized = True
+
+
+def fail_to_initialize() -> None:
+    raise LookupError("no such model")
+
+
+def was_initialized() -> float:
+    return float(_initialized)
+
+
+def length(prompt: Any, completions: Any, prompt_ids: Any, completion_ids: Any, **_: Any) -> float:
+    return float(len(completion_ids))
+
+
+def give(value: Any) -> Any:
+    return value
+
+
+def count(path: str, *, then: str = "") -> float:
+    """Count its calls in a file; raise if asked to."""
+    with Path(path).open("a") as file:
+        file.write("x")
+    if then:
+        raise ValueError(then)
+    return 1.0
+
+
+def pid() -> float:
+    return float(os.getpid())
+
+
+def hang(path: str = "") -> float:
+    if path:
+        Path(path).write_text(str(os.getpid()))
+    while True:
+        pass
+
+
+def backtrack(path: str) -> float:
+    """Hang in C, with the interpreter lock held."""
+    Path(path).write_text(str(os.getpid()))
+    re.match(r"(a+)+$", "a" * 64 + "b")
+    return 1.0
+
+
+def segfault() -> float:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.0
+
+
+def leave(status: int) -> float:
+    os._exit(status)
+
+
+def leave_politely() -> float:
+    raise SystemExit(3)
+
+
+def raise_unpicklable() -> float:
+    class LocalError(Exception):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__(f"{a}{b}")
+
+    raise LocalError(1, 2)
+
+
+def nap(seconds: float) -> float:
+    """Stand for work."""
+    time.sleep(seconds)
+    return 1.0
+
+
+def keywords(**data: Any) -> float:
+    return float(sum(len(str(key)) for key in sorted(data)))
+
+
+def answer_is(data: Mapping[str, Any]) -> float:
+    return float(data["answer"])
