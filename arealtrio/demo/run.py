@@ -183,7 +183,6 @@ async def _requests_reported(addresses: Sequence[str]) -> dict[str, int]:
     async with HttpTransport() as transport:
         limits, ask = TimeLimits.of(METRICS_TIMEOUT_S), HttpRequest("GET", "/metrics")
         pages = {url: await transport.request(url, ask, limits) for url in addresses}
-    return {
-        url: metrics.sum_samples(page, "the embedded server", {_REQUESTS_METRIC: True})[0]
-        for url, page in pages.items()
-    }
+    wanted = {_REQUESTS_METRIC: True}
+    read = {url: metrics.read_samples(page, "the server", wanted) for url, page in pages.items()}
+    return {url: int(sum(samples[_REQUESTS_METRIC])) for url, samples in read.items()}
