@@ -106,6 +106,9 @@ class RolloutConfig:
         no_server_grace_s: With no server in service for so long, requests that wait end with
             NoServerAvailable. Choose it above the time a server takes to restart.
         max_failovers: How often one generation may go on after a server failed it.
+        failover_interval_s: Before it goes on for the second time in a row; doubled each time, up
+            to ``probe_interval_max_s``. The first time it goes on at once. The two together say how
+            long a storm of 5xx from every server is outlived: a minute with the defaults.
         segment_tokens: Ask for at most so many tokens at a time, so that a server that dies costs
             no more. Each segment costs one round trip, and prefill of what the prefix cache lost.
             None asks for all at once. Not used where going on would not be exact; see
@@ -168,6 +171,7 @@ class RolloutConfig:
     probe_interval_max_s: float = 60.0
     no_server_grace_s: float = 300.0
     max_failovers: int = 8
+    failover_interval_s: float = 0.5
     segment_tokens: int | None = None
     streaming: bool = False
     affinity_size: int = 65536

@@ -115,6 +115,8 @@ class RemoteEngine:
         started = trio.current_time()
         while not generation.finished:
             await self._run_segment(generation)
+            if generation.setbacks > 1:  # not at once again: what is wrong may be everywhere
+                await trio.sleep(self._backoff_s(generation.setbacks))
         self.pool.answered(generation.origin, generation.count)
         return generation.response(latency_s=trio.current_time() - started)
 
@@ -182,6 +184,7 @@ class RemoteEngine:
     def _fail_over(self, generation: _Generation, server: Server, error: RolloutError) -> None:
         """Let the generation go on elsewhere with the tokens it has, or raise why it can not."""
         generation.failovers += 1
+        generation.setbacks += 1
         generation.failed_on = frozenset({server.address})
         if generation.failovers > self.config.max_failovers:
             error.add_note(f"after {self.config.max_failovers} fail-overs (max_failovers)")
@@ -191,6 +194,10 @@ class RemoteEngine:
         server.failovers += 1
         self.tokens_kept += generation.count
         server.tokens_kept += generation.count
+
+    def _backoff_s(self, setbacks: int) -> float:
+        doubled = self.config.failover_interval_s * 2.0 ** min(setbacks - 2, 60)
+        return min(doubled, self.config.probe_interval_max_s)
 
     async def _ask(self, lease: Lease, segment: SegmentRequest) -> SegmentResponse:
         server, dialect = lease.server, self.pool.dialect
@@ -322,6 +329,7 @@ class _Generation:
     wait_s: float = 0.0
     interruptions: int = 0
     failovers: int = 0
+    setbacks: int = 0  # fail-overs since it last got an answer
     failed_on: frozenset[str] = frozenset()  # the server that failed last
     stop_reason: StopReason = "abort"
     ended: bool = False
@@ -392,6 +400,7 @@ class _Generation:
         self.stop_reason = answer.stop_reason
         self.server = server
         self.failed_on = frozenset()
+        self.setbacks = 0
         if count:
             self.tokens.append(answer.token_ids)
             self.logprobs.append(answer.logprobs)

@@ -55,7 +55,7 @@ class HeldSlot:
 Barred: TypeAlias = Callable[[frozenset[str], int], frozenset[str]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Waiter:
     """A task parked in the queue, and which servers it can not use."""
 
@@ -173,6 +173,12 @@ class LeaseQueue:
     def learn(self, prompt: str | None, tokens: int) -> None:
         """An answer to a prompt has ended, with so many tokens; the line may change."""
         self._line.learn(prompt, tokens)
+
+    def forgive(self, server: str) -> None:
+        """Let every waiter use a server again that it excluded: what it did then is over."""
+        for waiter in self._line:
+            waiter.exclude -= {server}
+        self.hand_over()
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
         """Wake every waiter with an error of its own."""

@@ -422,15 +422,19 @@ class ServerPool:
         self._leases.hand_over()
 
     def succeeded(self, server: Server) -> None:
-        """A request to a server went well; one on trial may have twice as many (slow start)."""
+        """A request to a server went well; one on trial may have one more at once.
+
+        So what it may have doubles with each round of requests: TCP's slow start (RFC 5681 §3.1).
+        """
         server.failures = 0
         if server.state not in IN_SERVICE:
             return  # it was sent before the server went out of service, and proves nothing
         if server.trial_cap is None:
             server.probes = 0
             return
-        doubled = server.trial_cap * 2
-        server.trial_cap = doubled if doubled < server.cap else None
+        server.trial_cap += 1
+        if server.trial_cap >= server.cap:
+            server.trial_cap = None
         self.set_state(server, server.state, server.reason)
 
     def failed(self, server: Server, error: RolloutError) -> None:
@@ -477,6 +481,12 @@ class ServerPool:
         server.ejections += 1
         server.trial_cap = 1  # for when it returns
         self.set_state(server, ServerState.EJECTED, f"{type(error).__name__}: {error}")
+
+    def take_back(self, server: Server) -> None:
+        """Put a server into service that was found well: what it failed before, it may have."""
+        server.failures = 0
+        self._leases.forgive(server.address)
+        self.set_state(server, ServerState.READY)
 
     def mark_stale(self, server: Server, reason: str) -> None:
         """Take a server out of service until it has the current weights."""

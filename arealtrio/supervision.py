@@ -104,8 +104,7 @@ def _take_back(pool: ServerPool, server: Server) -> None:
     """Put a server into service again, unless an update or a pause began meanwhile."""
     overtaken = server.version < pool.version or pool.is_held(server)
     if server.state in OUT_OF_ORDER and not overtaken:
-        server.failures = 0
-        pool.set_state(server, ServerState.READY)
+        pool.take_back(server)
 
 
 async def _restore(pool: ServerPool, server: Server) -> int:

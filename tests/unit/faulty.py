@@ -25,12 +25,16 @@ Fault: TypeAlias = Callable[[str, HttpRequest], HttpResponse | None]
 
 
 class Faulty:
-    """A transport in front of a fleet: ``fault`` may answer, or raise, in a server's place."""
+    """A transport in front of a fleet: ``fault`` may answer, or raise, in a server's place.
+
+    ``delay_s`` says how long a request is held back before.
+    """
 
     def __init__(self, fleet: SimulatedFleet) -> None:
         self.fleet = fleet
         self.asked: list[tuple[str, str]] = []
         self.fault: Fault = lambda *_: None
+        self.delay_s: Callable[[str], float] = lambda _: 0.0  # by path
 
     async def request(
         self,
@@ -41,8 +45,8 @@ class Faulty:
         headers: Sequence[tuple[str, str]] = (),
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> HttpResponse:
-        await trio.lowlevel.checkpoint()
         self.asked.append((base_url, request.path))
+        await trio.sleep(self.delay_s(request.path))
         answer = self.fault(base_url, request)
         if answer is not None:
             return answer
@@ -85,11 +89,27 @@ def unreachable(*addresses: str, path: str = "") -> Fault:
 
 @asynccontextmanager
 async def faulty_engine(
-    servers: int = 2, load_time_s: float = 0.0, length: int = 100, **config: Any
+    servers: int = 2,
+    load_time_s: float = 0.0,
+    length: int = 100,
+    named: int | None = None,
+    fault: Fault | None = None,
+    **config: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Faulty]]:
+    """Connect to simulated servers.
+
+    Args:
+        servers: How many there are.
+        load_time_s: Of their weights.
+        length: Of their answers, in tokens.
+        named: How many of them the configuration names; None: all.
+        fault: In force from the start.
+        config: Of the run.
+    """
     settings = [SimulatedServerSettings(load_time_s=load_time_s)] * servers
     async with open_fleet(settings, lengths=FixedLengths(length)) as fleet:
         faulty = Faulty(fleet)
-        chosen = RolloutConfig(servers=fleet.addresses, **config)
+        faulty.fault = fault or faulty.fault
+        chosen = RolloutConfig(servers=fleet.addresses[:named], **config)
         async with open_engine(chosen, transport=faulty) as engine:
             yield engine, faulty

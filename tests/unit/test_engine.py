@@ -329,7 +329,8 @@ async def test_more_tokens_than_asked_for_break_the_protocol() -> None:
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(trio.serve_tcp, liar.serve, 0)
         port = listeners[0].socket.getsockname()[1]
-        async with open_engine(RolloutConfig(servers=[f"http://127.0.0.1:{port}"])) as engine:
+        config = RolloutConfig(servers=[f"http://127.0.0.1:{port}"], max_failovers=0)
+        async with open_engine(config) as engine:
             with pytest.raises(ProtocolError, match="41 tokens"):
                 await engine.agenerate(ModelRequest(PROMPT, GREEDY))
         nursery.cancel_scope.cancel()
