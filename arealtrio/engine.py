@@ -113,10 +113,13 @@ class RemoteEngine:
         """
         generation = self._plan(request, Origin(prompt_id or request.session, min_version))
         started = trio.current_time()
+        setbacks = 0  # fail-overs since it last got an answer
         while not generation.finished:
+            before = generation.failovers
             await self._run_segment(generation)
-            if generation.setbacks > 1:  # not at once again: what is wrong may be everywhere
-                await trio.sleep(self._backoff_s(generation.setbacks))
+            setbacks = setbacks + 1 if generation.failovers > before else 0
+            if setbacks > 1:  # not at once again: what is wrong may be wrong everywhere
+                await trio.sleep(self._backoff_s(setbacks))
         self.pool.answered(generation.origin, generation.count)
         return generation.response(latency_s=trio.current_time() - started)
 
@@ -184,7 +187,6 @@ class RemoteEngine:
     def _fail_over(self, generation: _Generation, server: Server, error: RolloutError) -> None:
         """Let the generation go on elsewhere with the tokens it has, or raise why it can not."""
         generation.failovers += 1
-        generation.setbacks += 1
         generation.failed_on = frozenset({server.address})
         if generation.failovers > self.config.max_failovers:
             error.add_note(f"after {self.config.max_failovers} fail-overs (max_failovers)")
@@ -329,7 +331,6 @@ class _Generation:
     wait_s: float = 0.0
     interruptions: int = 0
     failovers: int = 0
-    setbacks: int = 0  # fail-overs since it last got an answer
     failed_on: frozenset[str] = frozenset()  # the server that failed last
     stop_reason: StopReason = "abort"
     ended: bool = False
@@ -400,7 +401,6 @@ class _Generation:
         self.stop_reason = answer.stop_reason
         self.server = server
         self.failed_on = frozenset()
-        self.setbacks = 0
         if count:
             self.tokens.append(answer.token_ids)
             self.logprobs.append(answer.logprobs)
