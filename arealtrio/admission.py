@@ -137,9 +137,15 @@ class Admission:
         elif not group.to_start and group in self._starting:
             self._starting.remove(group)
 
+    def retry(self, group: GroupTask) -> None:
+        """Let all members of a group start once more, with the permit it holds."""
+        group.retried += 1
+        self.restart(group)
+
     def requeue(self, group: GroupTask) -> None:
         """Put a group that is too old back at the head of the queue, without its permit."""
         assert group.permit is not None
+        group.requeued += 1
         group.permit.reject()
         self._order.settled(group.permit.number)
         group.permit = group.number = None

@@ -170,7 +170,7 @@ def outdated(group: Group, version: int) -> Verdict:
         f"discarded: its oldest token is of version {group.head_version} and the trainer is at "
         f"{version}, beyond max_staleness"
     )
-    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error))
+    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error), too_late=True)
 
 
 def straggler(permit_version: int, version: int) -> Verdict:
@@ -179,7 +179,7 @@ def straggler(permit_version: int, version: int) -> Verdict:
         f"it started in version {permit_version} and the trainer is at {version}, beyond "
         "max_staleness; straggler_policy decides what becomes of it"
     )
-    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error))
+    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error), too_late=True)
 
 
 def is_older(group: Group, version: int) -> bool:

@@ -29,17 +29,16 @@ from .batching import (
 from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine, open_engine
-from .errors import DeadlineExceeded, RolloutClosed, TooStale, UsageError
+from .errors import DeadlineExceeded, RolloutClosed, UsageError
 from .failures import FailureBudget
 from .group_policy import GroupPolicy
 from .groups import (
     CANCELLED,
-    REJECTED,
     AcceptFunction,
     GroupTask,
     Verdict,
     WorkflowLike,
-    accepts,
+    judge,
 )
 from .loader import Prompt
 from .results import ResultPool
@@ -518,14 +517,14 @@ class WorkflowExecutor:
 
     def _settle(self, group: GroupTask) -> None:
         """Settle a group whose members have all ended: exactly once, synchronously."""
-        if not self._closed and self._begin_again(group):
-            self._changed()
-            return
-        accepted, verdict = _judge(group)
-        self._count_failure(group, verdict)
+        accepted, verdict = judge(group)
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
             verdict = outdated(accepted, self.get_version())
             accepted = None
+        if not self._closed and self._begin_again(group, verdict):
+            self._changed()
+            return
+        self._count_failure(group, verdict)
         self._admission.settled(group, verdict.outcome)
         del self._live[group.task_id]
         result = RolloutResult(
@@ -540,28 +539,31 @@ class WorkflowExecutor:
         group.deliver(group, result)
         self._changed()
 
-    def _begin_again(self, group: GroupTask) -> bool:
-        """Run a group again, where its policy or the straggler policy says so."""
-        outcome, failure = group.verdict.outcome, group.verdict.failure
-        if failure is not None and isinstance(failure.error, TooStale):
-            requeues = self.config.straggler_policy == "requeue"
-            if not requeues or group.requeued >= self.config.max_requeues:
-                return False
+    def _begin_again(self, group: GroupTask, verdict: Verdict) -> bool:
+        """Run a group again, where the straggler policy or its own policy says so."""
+        if verdict.too_late:
+            may, again = self._may_requeue(group), self._admission.requeue
+        else:
+            may, again = self._may_retry(group), self._admission.retry
+        if may:
             group.begin_again()
-            self._admission.requeue(group)
-            return True
-        if not group.policy.may_begin_again(outcome, group.requeued):
-            return False
-        group.begin_again()
-        self._admission.restart(group)
-        return True
+            again(group)
+        return may
+
+    def _may_requeue(self, group: GroupTask) -> bool:
+        requeues = self.config.straggler_policy == "requeue"
+        return requeues and group.requeued < self.config.max_requeues
+
+    def _may_retry(self, group: GroupTask) -> bool:
+        """What failed and is too late besides would be run for nothing."""
+        allowed = group.policy.may_begin_again(group.verdict.outcome, group.retried)
+        return allowed and not self._is_straggler(group)
 
     def _count_failure(self, group: GroupTask, verdict: Verdict) -> None:
         """Keep the failure budget; what was withdrawn, or came too late, is nobody's failure."""
-        error = verdict.failure.error if verdict.failure is not None else None
-        if group.is_eval or verdict.outcome is Outcome.CANCELLED or isinstance(error, TooStale):
+        if group.is_eval or verdict.outcome is Outcome.CANCELLED or verdict.too_late:
             return
-        self._failures.record(error)
+        self._failures.record(verdict.failure.error if verdict.failure is not None else None)
 
     def _cancel(self, group: GroupTask) -> None:
         """Withdraw a group; harmless once it has settled."""
@@ -591,15 +593,19 @@ class WorkflowExecutor:
 
     def _stop_stragglers(self) -> None:
         """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""
-        if self.config.straggler_policy not in ("requeue", "drop"):
-            return
-        version, oldest = self.get_version(), self._oldest()
-        for group in list(self._live.values()):
-            if group.permit is not None and group.permit.version < oldest:
-                group.stop(straggler(group.permit.version, version))
-                self._admission.restart(group)
-                if group.all_ended:
-                    self._settle(group)
+        version = self.get_version()
+        for group in [group for group in self._live.values() if self._is_straggler(group)]:
+            assert group.permit is not None
+            group.stop(straggler(group.permit.version, version))
+            self._admission.restart(group)
+            if group.all_ended:
+                self._settle(group)
+
+    def _is_straggler(self, group: GroupTask) -> bool:
+        """Whether a group is not waited for any more."""
+        if group.permit is None or self.config.straggler_policy not in ("requeue", "drop"):
+            return False
+        return group.permit.version < self._oldest()
 
     def _oldest(self) -> int:
         """The oldest version that a token consumed now may have."""
@@ -709,19 +715,6 @@ class Batches:
 
     async def __anext__(self) -> Batch:
         return await self._executor.prepare_batch(*self._arguments)
-
-
-def _judge(group: GroupTask) -> tuple[Group | None, Verdict]:
-    """A group's outcome: its members' verdict, then the filter's."""
-    if group.verdict.outcome is not Outcome.ACCEPTED:
-        return None, group.verdict
-    try:
-        accepted = group.accepted()
-        if accepts(accepted, group.should_accept):
-            return accepted, group.verdict
-    except Exception as exc:  # noqa: BLE001 - the filter is user code
-        return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
-    return None, REJECTED
 
 
 def _closed_error() -> RolloutClosed:

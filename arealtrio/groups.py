@@ -15,7 +15,7 @@ from .errors import UsageError, WorkflowError
 from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
 from .rows import rows_from_result
-from .settlement import Failure, RolloutResult
+from .settlement import Failure, RolloutResult, classify
 from .staleness import Permit
 from .trajectory import Group
 from .types import Outcome, Trajectory
@@ -31,10 +31,17 @@ Deliver: TypeAlias = Callable[["GroupTask", RolloutResult], None]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a member, or a group, ended."""
+    """How a member, or a group, ended.
+
+    Args:
+        outcome: In a word.
+        failure: Why, where it failed or expired.
+        too_late: Nothing went wrong, but no batch may hold it any more.
+    """
 
     outcome: Outcome
     failure: Failure | None = None
+    too_late: bool = False
 
 
 ACCEPTED = Verdict(Outcome.ACCEPTED)
@@ -77,7 +84,8 @@ class GroupTask:
     stopped: bool = False
     lost: int = 0  # members that did not succeed, and are not run again
     replaced: int = 0  # members run again
-    requeued: int = 0  # times that the whole group went back into the queue, or was run again
+    retried: int = 0  # times that the whole group was run again, with its permit
+    requeued: int = 0  # times that it went back into the queue, without
     to_start: deque[int] = field(init=False)  # indices of members
     running: dict[int, trio.CancelScope] = field(default_factory=dict)
     rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
@@ -151,8 +159,8 @@ class GroupTask:
 
     def begin_again(self) -> None:
         """Forget what its members did; all of them are to be run once more."""
-        self.requeued += 1
-        self.verdict, self.stopped, self.lost = ACCEPTED, False, 0
+        self.verdict, self.stopped = ACCEPTED, False
+        self.lost = self.replaced = 0
         self.rows.clear()
         self.to_start.extend(range(self.size))
 
@@ -212,6 +220,19 @@ def _import(path: str) -> Any:
         return pkgutil.resolve_name(path)
     except (ValueError, ImportError, AttributeError) as exc:
         raise UsageError(f"{path!r} can not be imported: {exc}") from exc
+
+
+def judge(group: GroupTask) -> tuple[Group | None, Verdict]:
+    """A group's outcome once all have ended: its members' verdict, then the filter's."""
+    if group.verdict.outcome is not Outcome.ACCEPTED:
+        return None, group.verdict
+    try:
+        accepted = group.accepted()
+        if accepts(accepted, group.should_accept):
+            return accepted, group.verdict
+    except Exception as exc:  # noqa: BLE001 - the filter is user code
+        return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
+    return None, REJECTED
 
 
 def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:

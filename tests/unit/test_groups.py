@@ -149,7 +149,6 @@ async def test_a_group_that_begins_again_forgets_what_it_had() -> None:
     assert not group.stopped
     assert list(group.to_start) == [0, 1]
     assert not group.rows
-    assert group.requeued == 1
 
 
 @pytest.mark.parametrize(
