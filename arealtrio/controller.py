@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -28,6 +29,7 @@ from .servers import ServerStatistics
 from .settlement import RolloutResult
 from .trajectory import Batch
 from .transport import Transport
+from .types import PauseMode
 from .weights import WeightUpdate, WeightUpdateResult
 
 T = TypeVar("T")
@@ -456,6 +458,46 @@ class RolloutController:
         """Wait until nothing runs; ``pause`` first. See ``WorkflowExecutor.drain``."""
         executor = self._live
         self._call(lambda: executor.drain(timeout_s))
+
+    # --- servers -----------------------------------------------------------------------------
+
+    def add_server(self, address: str, cap: int | None = None) -> None:
+        """Add a server while rollouts run. See ``WorkflowExecutor.add_server``."""
+        self._ask(lambda executor: executor.add_server(address, cap))
+
+    def remove_server(self, address: str) -> None:
+        """Take a server out while rollouts run. See ``WorkflowExecutor.remove_server``."""
+        self._ask(lambda executor: executor.remove_server(address))
+
+    def set_server_cap(self, address: str, cap: int) -> None:
+        """Change a server's cap while rollouts run. See ``WorkflowExecutor.set_server_cap``."""
+        self._ask(lambda executor: executor.set_server_cap(address, cap))
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every server is ready. See ``WorkflowExecutor.wait_ready``."""
+        executor = self._live
+        self._call(lambda: executor.wait_ready(timeout_s))
+
+    @contextmanager
+    def paused(self, mode: PauseMode = "keep") -> Iterator[dict[str, str]]:
+        """Stop generation on every server for the length of a block. See ``ServerPool.paused``.
+
+        However the block is left, by Ctrl-C too, the servers are resumed.
+
+        Yields:
+            The servers that could not be paused: address to what went wrong.
+        """
+        scope = self._live.engine.paused(mode)
+
+        async def leave() -> None:
+            await scope.__aexit__(None, None, None)
+
+        # A pause that the caller did not stay for ends by itself.
+        failed = self._call(scope.__aenter__, undo=lambda _: self._nursery.start_soon(leave))
+        try:
+            yield failed
+        finally:
+            self._call(leave)
 
     def health(self) -> dict[str, str | None]:
         """Ask every server whether it is alive: address to None, or to what is wrong."""

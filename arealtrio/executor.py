@@ -651,6 +651,54 @@ class WorkflowExecutor:
             self.staleness_manager.charge(short)
             self._consumed += short
 
+    # --- servers -----------------------------------------------------------------------------
+
+    def add_server(self, address: str, cap: int | None = None) -> None:
+        """Add a server, and return at once; it takes requests when it is up and has the weights.
+
+        Args:
+            address: Its base URL.
+            cap: Requests in flight at most; None asks the server.
+
+        Raises:
+            UsageError: If it is there already.
+            ConfigError: If the address is none, or the cap is no integer of at least 1.
+        """
+        self._check_open()
+        self.engine.pool.add(address, cap)
+
+    def remove_server(self, address: str) -> None:
+        """Take a server out, and return at once; it finishes what it has, and gets no more.
+
+        Raises:
+            UsageError: If it is not there.
+        """
+        self._check_open()
+        self.engine.pool.remove(address)
+
+    def set_server_cap(self, address: str, cap: int) -> None:
+        """Change how many requests a server may have at once; 0 drains it, and keeps it.
+
+        Raises:
+            UsageError: If it is not there, or the cap is no integer from 0 on.
+        """
+        self._check_open()
+        self.engine.pool.set_cap(address, cap)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every server is ready, but those that are leaving.
+
+        Args:
+            timeout_s: Choose it above the time a server takes to start and to load its weights.
+
+        Raises:
+            NoServerAvailable: If one is not; each is named, with the reason.
+        """
+        self._check_open()
+        await self.engine.pool.wait_ready(timeout_s)
+
+    # --- admission ---------------------------------------------------------------------------
+
     def get_capacity(self) -> int:
         """How many groups admission would let start now (AReaL's formula; may be negative)."""
         return self.staleness_manager.get_capacity()
