@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -79,7 +80,7 @@ def server_processes(
 
 
 def _start(command: Sequence[str], log: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
-    with log.open("wb") as errors:
+    with log.open("wb") as errors, _signals_held():
         process = subprocess.Popen(
             [*command, "--port", "0", "--exit-with-parent"],
             stdin=subprocess.PIPE,
@@ -89,9 +90,33 @@ def _start(command: Sequence[str], log: Path, stack: ExitStack) -> subprocess.Po
             # Its products are tiny: threads would only spin against the other servers.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
-    stack.enter_context(process)  # closes its pipes and waits for it
-    stack.callback(process.kill)  # before that; harmless once it has ended
+        stack.enter_context(process)  # closes its pipes and waits for it
+        stack.callback(process.kill)  # before that; harmless once it has ended
     return process
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block.
+
+    Between its start and its place in the stack a process belongs to nobody: a KeyboardInterrupt
+    there would leave it behind.
+    """
+    held: list[int] = []
+    try:
+        before = {
+            blocked: signal.signal(blocked, lambda number, _: held.append(number))
+            for blocked in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not the main thread, which is the only one that they interrupt
+        before = {}
+    try:
+        yield
+    finally:
+        for blocked, handler in before.items():
+            signal.signal(blocked, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _ask_to_stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -57,6 +59,24 @@ def test_servers_end_when_the_block_fails(weights: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt), server_processes(1, weights, tmp_path):
         raise KeyboardInterrupt
     assert children() == []
+
+
+def test_a_signal_while_a_server_is_started_leaves_none(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst moment: the process is there, and nobody has it yet."""
+    start = subprocess.Popen
+
+    def start_and_interrupt(*arguments: Any, **more: Any) -> Any:
+        process = start(*arguments, **more)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), server_processes(2, weights, tmp_path):
+        raise AssertionError("it went on")
+    assert children() == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_dead_server_is_named(weights: Path, tmp_path: Path) -> None:
