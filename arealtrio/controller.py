@@ -39,42 +39,51 @@ class _Call(Generic[T]):
     """One call from a trainer's thread: runs on the trio side, answers through a queue.
 
     Args:
-        function: What to await on the trio side.
         undo: Called on the trio side with a result that the caller did not stay for.
 
     Attributes:
         over: Whether nobody waits for an answer any more: it was given, or the caller went away.
     """
 
-    def __init__(
-        self, function: Callable[[], Awaitable[T]], undo: Callable[[T], None] | None
-    ) -> None:
+    def __init__(self, undo: Callable[[T], None] | None = None) -> None:
         self.over = False
-        self._function = function
         self._undo = undo
         self._scope = trio.CancelScope()
         self._answer: SimpleQueue[outcome.Outcome[T]] = SimpleQueue()
         self._result: outcome.Outcome[T] | None = None
         self._abandoned = False
 
-    async def run(self, is_stopping: Callable[[], bool]) -> None:
-        """Await the function; put a result that nobody waits for back where it came from.
+    async def run(
+        self, function: Callable[[], Awaitable[T]], is_stopping: Callable[[], bool]
+    ) -> None:
+        """Await a function; put a result that nobody waits for back where it came from.
 
         A cancellation is no answer: either the caller went away, or the run ends, which answers
         every open call. ``trio.Cancelled`` must never reach a trainer's thread: it is a
-        BaseException, and ``except Exception`` would be blind to it. Nor is it an answer that the
-        executor closed, if nobody asked it to: it died, and the run's end will say of what.
+        BaseException, and ``except Exception`` would be blind to it.
         """
-        with self._scope:
-            try:
-                value = await self._function()
-            except RolloutClosed as exc:
-                if is_stopping():
-                    self._finish(outcome.Error(exc))
-            except Exception as exc:  # noqa: BLE001 - it is the caller's
+        with self._scope, self._answering_errors(is_stopping):
+            self._finish(outcome.Value(await function()))
+
+    def run_now(self, function: Callable[[], T], is_stopping: Callable[[], bool]) -> None:
+        """Call a function that does not wait: that needs no task, and no turn of the loop."""
+        with self._answering_errors(is_stopping):
+            self._finish(outcome.Value(function()))
+
+    @contextmanager
+    def _answering_errors(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
+        """Answer with an exception of the block.
+
+        It is no answer that the executor closed, if nobody asked it to: it died, and the run's end
+        will say of what.
+        """
+        try:
+            yield
+        except RolloutClosed as exc:
+            if is_stopping():
                 self._finish(outcome.Error(exc))
-            else:
-                self._finish(outcome.Value(value))
+        except Exception as exc:  # noqa: BLE001 - it is the caller's
+            self._finish(outcome.Error(exc))
 
     def _finish(self, result: outcome.Outcome[T]) -> None:
         self.over = True
@@ -234,45 +243,57 @@ class RolloutController:
     def _call(
         self, function: Callable[[], Awaitable[T]], undo: Callable[[T], None] | None = None
     ) -> T:
+        return self._answer_of(_Call(undo), self._start_call, function)
+
+    def _answer_of(
+        self, call: _Call[T], start: Callable[..., None], function: Callable[..., Any]
+    ) -> T:
         self._check_usable()
-        call = _Call(function, undo)
         try:
-            self._start(call)
+            self._start(call, start, function)
             return call.wait()
         except BaseException:
             self._post(call.abandon)
             raise
 
-    def _start(self, call: _Call[Any]) -> None:
+    def _start(
+        self, call: _Call[Any], start: Callable[..., None], function: Callable[..., Any]
+    ) -> None:
         with self._calls_lock:
             if self._ended:
                 raise self._ended_error()
             self._calls.add(call)
-        if not self._post(self._start_call, call):
+        if not self._post(start, call, function):
             raise self._ended_error()
 
-    def _start_call(self, call: _Call[Any]) -> None:
+    def _start_call(self, call: _Call[T], function: Callable[[], Awaitable[T]]) -> None:
         if self._stop.is_set():
             call.fail(self._ended_error())
         else:
-            self._nursery.start_soon(self._run_call, call)
+            self._nursery.start_soon(self._run_call, call, function)
 
-    async def _run_call(self, call: _Call[Any]) -> None:
+    async def _run_call(self, call: _Call[T], function: Callable[[], Awaitable[T]]) -> None:
         try:
-            await call.run(self._stop.is_set)
+            await call.run(function, self._stop.is_set)
         finally:
-            if call.over:  # else the end of the run answers it
-                with self._calls_lock:
-                    self._calls.discard(call)
+            self._forget(call)
+
+    def _run_now(self, call: _Call[T], function: Callable[[], T]) -> None:
+        if self._stop.is_set():
+            call.fail(self._ended_error())
+        else:
+            call.run_now(function, self._stop.is_set)
+        self._forget(call)
+
+    def _forget(self, call: _Call[Any]) -> None:
+        if call.over:  # else the end of the run answers it
+            with self._calls_lock:
+                self._calls.discard(call)
 
     def _ask(self, function: Callable[[WorkflowExecutor], T]) -> T:
         """Call a synchronous function on the trio side."""
         executor = self._live
-
-        async def run() -> T:
-            return function(executor)
-
-        return self._call(run)
+        return self._answer_of(_Call(), self._run_now, lambda: function(executor))
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
