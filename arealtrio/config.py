@@ -127,6 +127,7 @@ class RolloutConfig:
             decode steps.
         setup_timeout_s: Until all servers answer at the start.
         close_timeout_s: For running rollouts to leave when the executor closes.
+        slow_step_warning_s: User code that keeps the event loop for longer is named in a warning.
         response_size_bytes: Answers above this are refused.
         min_updated: Servers that must take a weight update for the version to advance; the others
             are out of service until an update reaches them.
@@ -179,6 +180,7 @@ class RolloutConfig:
     pressure_interval_s: float = 2.0
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
+    slow_step_warning_s: float = 0.05
     response_size_bytes: int = 256 * 2**20
     min_updated: int = 1
 

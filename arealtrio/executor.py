@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from .admission import Admission
+from .asyncio_workflow import explain_asyncio
 from .batching import (
     BatchStream,
     DataLoader,
@@ -48,6 +49,7 @@ from .trajectory import Batch, Group
 from .transport import Transport
 from .types import FailureKind, ModelRequest, ModelResponse, Outcome
 from .waiting import WaitList, crash_of, time_limit
+from .watch import watch_slow_steps
 from .weights import WeightUpdate, WeightUpdateResult, update_weights
 
 T = TypeVar("T")
@@ -493,7 +495,8 @@ class WorkflowExecutor:
             if scope.cancelled_caught and not group.stopped:
                 verdict = self._expired(index)
         except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
-            verdict = Verdict(Outcome.FAILED, Failure(classify(exc), exc, index))
+            error = explain_asyncio(exc, group.workflow)
+            verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         except BaseException:  # the run ends: no waiter is to take that for a result
             self.close()
             raise
@@ -796,7 +799,8 @@ async def open_executor(
             async with trio.open_nursery() as nursery:
                 executor = WorkflowExecutor(config, engine, nursery, staleness_manager)
                 try:
-                    yield executor
+                    with watch_slow_steps(nursery, config.slow_step_warning_s):
+                        yield executor
                 except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
                     left_with = exc
                 finally:

@@ -117,7 +117,7 @@ class _RewardedWorkflow:
             raise ConfigError("reward_fn must be callable")
         if gconfig.n_samples != 1:
             raise ConfigError("gconfig.n_samples must be 1; ask for several with group_size")
-        self._reward_fn = reward_fn
+        self.reward_fn = reward_fn
         self._gconfig = gconfig
         self._tokenizer = tokenizer
         self._prompt_key = prompt_key
@@ -147,12 +147,12 @@ class _RewardedWorkflow:
 
     def _warm_up(self) -> None:
         """Let a reward that needs processes start them while the answer is generated."""
-        warm_up = getattr(self._reward_fn, "warm_up", None)
+        warm_up = getattr(self.reward_fn, "warm_up", None)
         if warm_up is not None:
             warm_up()
 
     async def _reward(self, response: ModelResponse, data: Mapping[str, Any]) -> float | None:
-        result = self._reward_fn(
+        result = self.reward_fn(
             self._decode(response.input_tokens),
             self._decode(response.output_tokens),
             response.input_tokens,

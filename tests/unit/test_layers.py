@@ -45,7 +45,7 @@ DATA_WING = (
 )
 # Under both wings.
 FOUNDATION = (
-    ("bridge", "lifetime", "observe", "waiting"),
+    ("bridge", "lifetime", "observe", "waiting", "watch"),
     ("config",),
     ("types",),
     ("_core", "errors"),
@@ -73,7 +73,8 @@ DOORS = {
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
-        "weights supervision servers leases transport reward workflow observe embedded testing"
+        "weights supervision servers leases transport reward workflow observe embedded testing "
+        "watch"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",

@@ -1,0 +1,145 @@
+"""Name the user code that blocks the event loop: while it runs, no other rollout does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TypeAlias
+
+import trio
+
+Await: TypeAlias = tuple[FrameType, int]  # a suspended frame, and the line it waits in
+
+LOOK_CLOSELY_S = 10.0  # after a slow pass
+LIBRARIES = (os.path.dirname(__file__), os.path.dirname(trio.__file__))
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[None]:
+    """Warn of rollouts that keep the loop for longer than a limit between two awaits.
+
+    The warning names the rollout and the function, once for each place in the code. Each pass of
+    the loop over all tasks that can run is timed, which costs a microsecond a pass.
+    Only for some seconds after a pass that was too long is each step timed by itself. So what
+    blocks once is not named, and what blocks again is.
+
+    Args:
+        nursery: Its children are the rollouts; each task's name is the rollout's.
+        limit_s: Of one step. What else waits for as long: the answers of all other servers.
+    """
+    passes = _Passes(_Steps(nursery, limit_s), limit_s)
+    trio.lowlevel.add_instrument(passes)
+    try:
+        yield
+    finally:
+        passes.stop()
+        trio.lowlevel.remove_instrument(passes)
+
+
+class _Passes(trio.abc.Instrument):
+    """Times the passes of the loop, and starts a closer look after a slow one."""
+
+    def __init__(self, steps: _Steps, limit_s: float) -> None:
+        self._steps = steps
+        self._limit_s = limit_s
+        self._began = time.perf_counter()
+        self._looking_until: float | None = None
+
+    def after_io_wait(self, timeout: float) -> None:
+        del timeout
+        self._began = time.perf_counter()
+
+    def before_io_wait(self, timeout: float) -> None:
+        del timeout
+        now = time.perf_counter()
+        if now - self._began > self._limit_s:
+            self._look_closely(now + LOOK_CLOSELY_S)
+        elif self._looking_until is not None and now > self._looking_until:
+            self.stop()
+
+    def _look_closely(self, until: float) -> None:
+        if self._looking_until is None:
+            trio.lowlevel.add_instrument(self._steps)
+        self._looking_until = until
+
+    def stop(self) -> None:
+        """End the closer look, if there is one."""
+        if self._looking_until is not None:
+            self._looking_until = None
+            trio.lowlevel.remove_instrument(self._steps)
+
+
+class _Steps(trio.abc.Instrument):
+    """Times each step of each task, and warns of slow ones of rollouts."""
+
+    def __init__(self, nursery: trio.Nursery, limit_s: float) -> None:
+        self._nursery = nursery
+        self._limit_s = limit_s
+        self._awaits: list[Await] = []
+        self._began = self._cpu = float("inf")  # the first step it sees the end of began unseen
+        self._warned: set[str] = set()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._awaits = list(task.iter_await_frames())
+        self._cpu = time.thread_time()
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        took_s = time.perf_counter() - self._began
+        if took_s > self._limit_s:
+            self._warn(task, took_s, time.thread_time() - self._cpu)
+
+    def _warn(self, task: trio.lowlevel.Task, took_s: float, cpu_s: float) -> None:
+        rollout = self._rollout_of(task)
+        place = _place(self._awaits, "after") or _place(list(task.iter_await_frames()), "before")
+        if rollout is None or place is None or place in self._warned:
+            return
+        self._warned.add(place)
+        logger.warning(
+            "rollout %s kept the event loop busy for %.0f ms (%.0f ms of CPU) %s: no other rollout "
+            "ran meanwhile. Put what computes into a ProcessReward or trio.to_thread.run_sync. "
+            "(With little CPU it slept, or another thread of the process held the interpreter.) "
+            "slow_step_warning_s is %g; a place is told once",
+            rollout.name,
+            1000 * took_s,
+            1000 * cpu_s,
+            place,
+            self._limit_s,
+        )
+
+    def _rollout_of(self, task: trio.lowlevel.Task) -> trio.lowlevel.Task | None:
+        """The child of the nursery that a task is, or descends from."""
+        while (parent := task.parent_nursery) is not None:
+            if parent is self._nursery:
+                return task
+            task = parent.parent_task
+        return None
+
+
+def _place(awaits: list[Await], when: str) -> str | None:
+    """Say where a step began or ended, in the innermost code that is the user's.
+
+    A workflow of ours runs the user's reward function, so that is named with it.
+    """
+    users = [(f, line) for f, line in awaits if not _is_of_a_library(f)]
+    if users:
+        frame, line = users[-1]
+        code = frame.f_code
+        return f"{when} the await in {code.co_qualname} ({Path(code.co_filename).name}:{line})"
+    for frame, _ in awaits:
+        function = getattr(frame.f_locals.get("self"), "reward_fn", None)
+        if function is not None:
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            return f"in {frame.f_code.co_qualname}, whose reward_fn is {name}"
+    return None
+
+
+def _is_of_a_library(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(LIBRARIES)
