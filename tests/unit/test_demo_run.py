@@ -16,9 +16,10 @@ from arealtrio.embedded.model import TinyModel
 from arealtrio.errors import ConfigError, NoServerAvailable
 
 
-def test_twenty_steps_of_asynchronous_training_teach_the_task() -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_twenty_steps_of_asynchronous_training_teach_the_task(seed: int) -> None:
     out = io.StringIO()
-    report = run_demo(DemoOptions(), out)
+    report = run_demo(DemoOptions(seed=seed), out)
     assert report.reward_last - report.reward_first >= 0.3
     assert 1 <= report.staleness_max <= 4
     assert report.mixed_version_trajectories > 0
@@ -30,6 +31,13 @@ def test_twenty_steps_of_asynchronous_training_teach_the_task() -> None:
         assert counts["requests"] == counts["requests_reported"] > 0
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert out.getvalue().count("step ") == 20
+
+
+def test_twenty_steps_with_frozen_weights_teach_nothing() -> None:
+    report = run_demo(DemoOptions(freeze_weights=True), io.StringIO())
+    assert abs(report.reward_last - report.reward_first) < 0.1
+    assert report.mixed_version_trajectories > 0
+    assert report.weight_updates == 20
 
 
 def test_frozen_weights_teach_nothing_and_every_version_is_kept(tmp_path: Path) -> None:
