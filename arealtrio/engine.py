@@ -7,17 +7,16 @@ told to abort gives back what it has, and the loop goes on from there.
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import uuid
-from collections.abc import AsyncIterator, Sequence
+import warnings
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import trio
 
+from .affinity import Affinity
 from .config import RolloutConfig
 from .errors import (
     ConfigError,
@@ -27,27 +26,26 @@ from .errors import (
     ServerError,
     TransportError,
 )
+from .generation import Generation
 from .ordering import Origin
-from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerStatistics
+from .pressure import relieve_pressure
+from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
-from .transport import HttpTransport, Transport, ensure_descriptors
+from .tally import EngineStatistics, Tally
+from .transport import HttpTransport, Transport, ensure_descriptors, trust
 from .types import (
-    PROMPT_VERSION,
-    Float32Array,
     GenerationHyperparameters,
+    HttpRequest,
+    HttpResponse,
     Int32Array,
     ModelRequest,
     ModelResponse,
     PauseMode,
-    Segment,
-    StopReason,
 )
 from .waiting import background
-from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, VersionSpan
+from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, StreamParser, VersionSpan
 from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
-
-Scalar = TypeVar("Scalar", np.int32, np.float32)
 
 
 class RemoteEngine:
@@ -56,17 +54,14 @@ class RemoteEngine:
     Args:
         pool: The servers.
         config: Limits.
-
-    Attributes:
-        failovers: Times that a generation went on after its server failed.
-        tokens_kept: Tokens that those generations had, and did not have to make again.
     """
 
     def __init__(self, pool: ServerPool, config: RolloutConfig) -> None:
         self.pool = pool
         self.config = config
-        self.failovers = 0
-        self.tokens_kept = 0
+        self._tally = Tally()
+        self._affinity = Affinity(config.affinity_size, pool.serves)
+        self._warned_of_logprobs = False
 
     def get_version(self) -> int:
         """The weight version that every server in service has (AReaL's name)."""
@@ -75,6 +70,15 @@ class RemoteEngine:
     def statistics(self) -> tuple[ServerStatistics, ...]:
         """Every server's numbers at this moment."""
         return self.pool.statistics()
+
+    def totals(self) -> EngineStatistics:
+        """The numbers of all generations so far."""
+        return EngineStatistics(
+            **dataclasses.asdict(self._tally),
+            affinity_hits=self._affinity.hits,
+            affinity_spills=self._affinity.spills,
+            affinity_moves=self._affinity.moves,
+        )
 
     def paused(self, mode: PauseMode = "keep") -> AbstractAsyncContextManager[dict[str, str]]:
         """Stop generation on every server for the length of an ``async with`` block.
@@ -90,7 +94,8 @@ class RemoteEngine:
 
         A server that dies, resets, times out, answers 5xx or nonsense costs time only: the
         generation goes on elsewhere with the tokens it has, at the head of the queue, up to
-        ``max_failovers`` times. With ``segment_tokens`` no more than that many are made again.
+        ``max_failovers`` times. With ``segment_tokens`` no more than that many are made again;
+        with ``streaming``, none of those that came.
 
         Cancelling it, at any moment, gives the slot back, closes the connection, and asks the
         server that owns the request to abort it, for at most ``abort_timeout_s``.
@@ -125,7 +130,7 @@ class RemoteEngine:
 
     # --- before anything is sent ---------------------------------------------------------------
 
-    def _plan(self, request: ModelRequest, origin: Origin) -> _Generation:
+    def _plan(self, request: ModelRequest, origin: Origin) -> Generation:
         gconfig, prompt = request.gconfig, request.input_ids
         if gconfig.n_samples != 1:
             raise InvalidRequest(
@@ -135,8 +140,9 @@ class RemoteEngine:
         if not len(prompt):
             raise InvalidRequest("the prompt is empty")
         self._check_vocabulary(prompt)
+        self._check_logprobs(gconfig)
         budget = self._budget(len(prompt), gconfig)
-        return _Generation(request, request.rid or uuid.uuid4().hex, budget, origin)
+        return Generation(request, request.rid or uuid.uuid4().hex, budget, origin)
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.smallest("vocab_size")
@@ -145,6 +151,26 @@ class RemoteEngine:
                 f"the prompt holds the token id {int(prompt.max())}, "
                 f"but the vocabulary ends at {size - 1}"
             )
+
+    def _check_logprobs(self, gconfig: GenerationHyperparameters) -> None:
+        """Warn, once, where the logprobs may not be those of the policy that was sampled from.
+
+        No error: what a trainer makes of them, or whether it computes its own, is not known here.
+        """
+        if self._warned_of_logprobs or gconfig.greedy or gconfig.temperature in (0, 1):
+            return
+        doubtful = [s for s in self.pool.in_service if not s.info.logprobs_tempered]
+        if not doubtful:
+            return
+        self._warned_of_logprobs = True
+        told = doubtful[0].info.logprobs_tempered is False
+        what = "gives logprobs" if told else "does not say that it gives no logprobs"
+        warnings.warn(
+            f"{doubtful[0].address} {what} from before the temperature, which is "
+            f"{gconfig.temperature:g}: they are not of the distribution that is sampled from. "
+            "Start vLLM with --logprobs-mode processed_logprobs",
+            stacklevel=4,
+        )
 
     def _budget(self, prompt_len: int, gconfig: GenerationHyperparameters) -> int:
         """New tokens that there is room for: vLLM would clamp silently, so it is decided here."""
@@ -161,54 +187,109 @@ class RemoteEngine:
 
     # --- one segment ---------------------------------------------------------------------------
 
-    async def _run_segment(self, generation: _Generation) -> None:
+    async def _run_segment(self, generation: Generation) -> None:
         asked = trio.current_time()
         with await self.pool.lease(
             exclude=generation.failed_on,
             min_version=generation.lowest_admissible_version,
-            prefer=generation.server,
+            prefer=generation.server or self._affinity.home(generation.request.session),
             at_head=generation.under_way,
             origin=generation.origin,
         ) as lease:
             generation.wait_s += trio.current_time() - asked
+            if not generation.under_way:
+                self._affinity.settle(generation.request.session, lease.server.address)
             segment = generation.next_segment(self.config, lease)
+            arrived = self._parser_for(lease.server)
             try:
-                answer = await self._ask(lease, segment)
-                versions, exact = self._versions(lease, answer)
-                generation.take(lease.server.address, segment, answer, versions, exact)
+                self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
             except (TransportError, ServerError, ProtocolError) as exc:
                 self.pool.failed(lease.server, exc)
+                self._salvage(generation, lease, segment, arrived, exc)
                 self._fail_over(generation, lease.server, exc)
                 return
         self.pool.succeeded(lease.server)
         if generation.stop_reason == "abort" and not generation.finished:
             self._check_interruptions(generation)
 
-    def _fail_over(self, generation: _Generation, server: Server, error: RolloutError) -> None:
+    def _parser_for(self, server: Server) -> StreamParser | None:
+        """Where a streamed answer is collected; None to ask for it in one piece."""
+        if self.config.streaming and server.info.streams_news:
+            return self.pool.dialect.stream_parser()
+        return None
+
+    def _take(
+        self, generation: Generation, lease: Lease, segment: SegmentRequest, answer: SegmentResponse
+    ) -> None:
+        """Append an answer to its generation, or raise ProtocolError and change nothing."""
+        versions, exact = self._versions(lease, answer)
+        generation.take(lease.server.address, segment, answer, versions, exact)
+        self._tally.tokens_generated += len(answer.token_ids)
+        self._tally.tokens_regenerated += generation.made_again(len(answer.token_ids))
+
+    def _salvage(
+        self,
+        generation: Generation,
+        lease: Lease,
+        segment: SegmentRequest,
+        arrived: StreamParser | None,
+        error: RolloutError,
+    ) -> None:
+        """Keep what a failed server had streamed; note what has to be made again."""
+        if arrived is None:
+            unsent = isinstance(error, TransportError) and not error.request_sent
+            generation.redo = max(generation.redo, 0 if unsent else segment.max_new_tokens)
+            return
+        if not arrived.count:
+            return
+        try:
+            if self._may_keep(generation, lease.server, error):
+                self._take(generation, lease, segment, arrived.arrived())
+                return
+        except ProtocolError as exc:  # they do not fit what it has: older weights, too many
+            error.add_note(f"what it had streamed was dropped: {exc}")
+        self._tally.tokens_lost += arrived.count
+        generation.redo = max(generation.redo, arrived.count)
+
+    def _may_keep(self, generation: Generation, server: Server, error: RolloutError) -> bool:
+        """Whether streamed tokens are what they seem, and a generation can go on from them.
+
+        Not if the server breaks the protocol, nor if it is out of service because its weights are
+        not known. Where going on would not be exact, making them again is.
+        """
+        doubtful = server.tainted or server.state is ServerState.STALE
+        known = not isinstance(error, ProtocolError) and not doubtful
+        return known and not generation.obstacle(self.config)
+
+    def _fail_over(self, generation: Generation, server: Server, error: RolloutError) -> None:
         """Let the generation go on elsewhere with the tokens it has, or raise why it can not."""
         generation.failovers += 1
         generation.failed_on = frozenset({server.address})
+        if generation.finished:  # its last token had come, and only the word on that had not
+            return
         if generation.failovers > self.config.max_failovers:
             error.add_note(f"after {self.config.max_failovers} fail-overs (max_failovers)")
             raise error
         self._check_may_resume(generation, error)
-        self.failovers += 1
+        self._tally.failovers += 1
         server.failovers += 1
-        self.tokens_kept += generation.count
+        self._tally.tokens_kept += generation.count
         server.tokens_kept += generation.count
 
     def _backoff_s(self, setbacks: int) -> float:
         doubled = self.config.failover_interval_s * 2.0 ** min(setbacks - 2, 60)
         return min(doubled, self.config.probe_interval_max_s)
 
-    async def _ask(self, lease: Lease, segment: SegmentRequest) -> SegmentResponse:
+    async def _ask(
+        self, lease: Lease, segment: SegmentRequest, arrived: StreamParser | None
+    ) -> SegmentResponse:
         server, dialect = lease.server, self.pool.dialect
-        request = dialect.generate(segment, server.info)
+        request = dialect.generate(segment, server.info, stream=arrived is not None)
         server.requests += 1
         done = False
         try:
             with self.pool.attached(server):
-                response = await self.pool.send(server, request, self.config.segment_limits())
+                response = await self._exchange(server, request, arrived)
             done = True
         except TransportError as exc:
             done = not exc.request_sent
@@ -217,10 +298,32 @@ class RemoteEngine:
             if not done:
                 await self._abort(lease, segment.request_id)
         try:
+            if response is None:
+                assert arrived is not None
+                return arrived.answer()
             return dialect.parse_generate(response, server.info)
         except (ServerError, ProtocolError) as exc:
             exc.add_note(f"server: {server.address}")
             raise
+
+    async def _exchange(
+        self, server: Server, request: HttpRequest, arrived: StreamParser | None
+    ) -> HttpResponse | None:
+        """Return the whole answer; None where it was a stream, and is in ``arrived`` now."""
+        limits = self.config.segment_limits(streamed=arrived is not None)
+        if arrived is None:
+            return await self.pool.send(server, request, limits)
+        async with self.pool.stream(server, request, limits) as response:
+            if not _is_event_stream(response.headers):  # a refusal, or a proxy that collects
+                body = b"".join([piece async for piece in response.chunks()])
+                return HttpResponse(response.status, response.headers, body)
+            try:
+                async for piece in response.chunks():
+                    arrived.feed(piece)
+            except TransportError:
+                if not arrived.complete:
+                    raise
+        return None
 
     async def _abort(self, lease: Lease, request_id: str) -> None:
         """Ask the server that owns a request to drop it.
@@ -229,6 +332,7 @@ class RemoteEngine:
         is aborted the request takes one of the server's slots. The answer does not matter: the
         request may have ended, and a dead server has nothing to abort.
         """
+        self._tally.aborts_sent += 1
         request = self.pool.dialect.abort(request_id, lease.server.info)
         with trio.CancelScope(
             deadline=trio.current_time() + self.config.abort_timeout_s, shield=True
@@ -286,8 +390,9 @@ class RemoteEngine:
                 "update it?"
             )
 
-    def _check_interruptions(self, generation: _Generation) -> None:
+    def _check_interruptions(self, generation: Generation) -> None:
         generation.interruptions += 1
+        self._tally.interruptions += 1
         if generation.interruptions > self.config.max_interruptions:
             raise RolloutError(
                 f"the generation was aborted {generation.interruptions} times by its servers; "
@@ -295,9 +400,9 @@ class RemoteEngine:
             )
         self._check_may_resume(generation, None)
 
-    def _check_may_resume(self, generation: _Generation, cause: RolloutError | None) -> None:
-        kept = state_kept_by_server(generation.request.gconfig)
-        if generation.count and kept and not self.config.allow_inexact_resume:
+    def _check_may_resume(self, generation: Generation, cause: RolloutError | None) -> None:
+        kept = generation.obstacle(self.config)
+        if generation.count and kept:
             raise RolloutError(
                 f"the generation was interrupted and uses {kept}, which a server keeps per "
                 "request: going on elsewhere would not give what an undisturbed server gives. "
@@ -305,138 +410,8 @@ class RemoteEngine:
             ) from cause
 
 
-def state_kept_by_server(gconfig: GenerationHyperparameters) -> str:
-    """The options whose effect depends on more than prompt + tokens so far; empty if none.
-
-    ``repetition_penalty`` is not among them: it looks at prompt and output alike, so it sees the
-    same tokens after a resume.
-    """
-    used = {
-        "frequency_penalty": gconfig.frequency_penalty != 0,
-        "presence_penalty": gconfig.presence_penalty != 0,
-        "stop strings": bool(gconfig.stop),
-    }
-    return ", ".join(name for name, is_used in used.items() if is_used)
-
-
-@dataclass(slots=True, eq=False)
-class _Generation:
-    """The state of one generation: what it has, what it may still ask for."""
-
-    request: ModelRequest
-    rid: str
-    budget: int
-    origin: Origin
-    server: str | None = None
-    wait_s: float = 0.0
-    interruptions: int = 0
-    failovers: int = 0
-    failed_on: frozenset[str] = frozenset()  # the server that failed last
-    stop_reason: StopReason = "abort"
-    ended: bool = False
-    exact: bool = True
-    tokens: list[Int32Array] = field(default_factory=list)
-    logprobs: list[Float32Array] = field(default_factory=list)
-    versions: list[Int32Array] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    count: int = 0
-    _numbers: itertools.count[int] = field(default_factory=itertools.count)
-
-    @property
-    def finished(self) -> bool:
-        return self.ended or self.count >= self.budget
-
-    @property
-    def under_way(self) -> bool:
-        """Whether it ran before: then it waits for nobody that has not."""
-        return bool(self.count or self.failovers or self.interruptions)
-
-    @property
-    def lowest_admissible_version(self) -> int:
-        """Versions never go back within a generation (I8), nor below the permit's."""
-        last = int(self.versions[-1][-1]) if self.count else PROMPT_VERSION
-        return max(self.origin.version, last)
-
-    def next_segment(self, config: RolloutConfig, lease: Lease) -> SegmentRequest:
-        gconfig = self.request.gconfig
-        number = next(self._numbers)
-        tokens = self.request.input_ids
-        if self.count:
-            tokens = np.concatenate([tokens, *self.tokens])
-        return SegmentRequest(
-            request_id=f"{self.rid}-{number}",
-            token_ids=tokens,
-            max_new_tokens=min(self.budget - self.count, self._segment_limit(config)),
-            min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),
-            gconfig=gconfig,
-            model=gconfig.lora_name or config.model or lease.server.info.model or "",
-            seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
-        )
-
-    def _segment_limit(self, config: RolloutConfig) -> int:
-        """``segment_tokens``, where a joint between segments changes nothing."""
-        stateful = bool(state_kept_by_server(self.request.gconfig))
-        if config.segment_tokens is None or (stateful and not config.allow_inexact_resume):
-            return self.budget
-        return config.segment_tokens
-
-    def take(
-        self,
-        server: str,
-        segment: SegmentRequest,
-        answer: SegmentResponse,
-        versions: Int32Array,
-        exact: bool,
-    ) -> None:
-        """Append an answer; raise, changing nothing, where it breaks invariant I8."""
-        count, asked = len(answer.token_ids), segment.max_new_tokens
-        if len(answer.logprobs) != count or count > asked:
-            raise ProtocolError(
-                f"{server} answered {count} tokens and {len(answer.logprobs)} logprobs "
-                f"where at most {asked} were asked for"
-            )
-        floor = self.lowest_admissible_version
-        if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
-            raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
-        self.stop_reason = answer.stop_reason
-        self.server = server
-        self.failed_on = frozenset()
-        if count:
-            self.tokens.append(answer.token_ids)
-            self.logprobs.append(answer.logprobs)
-            self.versions.append(versions)
-            self.segments.append(Segment(server, self.count, self.count + count))
-            self.exact = self.exact and exact
-        self.count += count
-        cut_by_us = answer.stop_reason == "length" and count == asked
-        self.ended = answer.stop_reason != "abort" and not (cut_by_us and self.count < self.budget)
-
-    def response(self, latency_s: float) -> ModelResponse:
-        return ModelResponse(
-            rid=self.rid,
-            input_tokens=self.request.input_ids,
-            output_tokens=_joined(self.tokens, np.int32),
-            output_logprobs=_joined(self.logprobs, np.float32),
-            output_versions=_joined(self.versions, np.int32),
-            stop_reason="length" if self.stop_reason == "abort" else self.stop_reason,
-            versions_exact=self.exact,
-            segments=tuple(self.segments),
-            latency_s=latency_s,
-            wait_s=self.wait_s,
-        )
-
-
-def _joined(parts: Sequence[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
-
-
-def _seed_of_segment(seed: int, number: int) -> int:
-    """Another seed for each segment: the same one would repeat the first segment's draws."""
-    if number == 0:
-        return seed
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] & 0x7FFFFFFF)
+def _is_event_stream(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").startswith("text/event-stream")
 
 
 def make_dialect(backend: str) -> Dialect:
@@ -466,22 +441,53 @@ async def open_engine(
         dialect: None makes the one that ``config.backend`` names.
 
     Raises:
+        ConfigError: If a server would not survive a token id outside the vocabulary, and neither
+            ``config.vocab_size`` nor the server says where that ends; or ``ca_file`` is none.
         NoServerAvailable: If a server is not ready within ``setup_timeout_s``.
+
+    Warns:
+        UserWarning: If ``config.streaming`` is set and a server's stream is not worth reading.
     """
     own = transport is None
     if transport is None:
         ensure_descriptors(_descriptors_needed(config))
-        transport = HttpTransport()
+        transport = HttpTransport(ssl_context=trust(config.ca_file))
     try:
         pool = ServerPool(config, dialect or make_dialect(config.backend), transport)
         with pool.open():
             await pool.join()
-            async with background(supervise, pool):
+            _check_vocabulary_is_known(pool)
+            _warn_of_cumulative_streams(pool)
+            async with background(supervise, pool) as nursery:
+                if config.adaptive_caps:
+                    nursery.start_soon(relieve_pressure, pool)
                 yield RemoteEngine(pool, config)
     finally:
         if own:
             with trio.CancelScope(shield=True):
                 await transport.aclose()
+
+
+def _check_vocabulary_is_known(pool: ServerPool) -> None:
+    """One prompt with an unknown id would end such a server, and every generation on it."""
+    if pool.config.vocab_size is not None or not pool.dialect.dies_of_unknown_ids:
+        return
+    silent = [s.address for s in pool.servers if s.info.vocab_size is None]
+    if silent:
+        raise ConfigError(
+            f"set RolloutConfig(vocab_size=…): {pool.dialect.name} does not survive a token id "
+            f"outside its vocabulary, and does not say how large that is ({', '.join(silent)})"
+        )
+
+
+def _warn_of_cumulative_streams(pool: ServerPool) -> None:
+    whole = [s.address for s in pool.servers if not s.info.streams_news]
+    if pool.config.streaming and whole:
+        warnings.warn(
+            f"answers of {', '.join(whole)} are not streamed: each event would repeat all tokens. "
+            "Start SGLang with --incremental-streaming-output",
+            stacklevel=2,
+        )
 
 
 def _descriptors_needed(config: RolloutConfig) -> int:

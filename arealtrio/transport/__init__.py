@@ -8,6 +8,7 @@ pool            which connection serves next: decisions without I/O
 connection      one TCP or TLS connection
 parsing         bytes to one answer, without I/O
 origin          an address, and the bytes of a request's head
+tls             ``trust``: whom an https server's certificate may be signed by
 descriptors     ``ensure_descriptors``
 """
 
@@ -16,6 +17,7 @@ from .http import HttpTransport
 from .httpx_adapter import ClientTransport, HttpxTransport
 from .interface import RESPONSE_SIZE_BYTES_MAX, StreamedResponse, Transport
 from .pool import TransportStatistics
+from .tls import trust
 
 __all__ = [
     "RESPONSE_SIZE_BYTES_MAX",
@@ -26,4 +28,5 @@ __all__ = [
     "Transport",
     "TransportStatistics",
     "ensure_descriptors",
+    "trust",
 ]

@@ -32,11 +32,11 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("supervision",),
+    ("generation", "pressure", "supervision"),
     ("servers",),
     ("leases",),
     ("ordering", "scheduling", "transport", "wire"),
-    ("lengths",),
+    ("affinity", "lengths", "tally"),
 )
 DATA_WING = (
     ("asyncio_workflow", "reward", "staleness", "trajectory", "workflow"),
@@ -73,8 +73,8 @@ DOORS = {
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
-        "weights supervision servers leases transport reward workflow observe embedded testing "
-        "watch"
+        "weights supervision servers pressure leases transport reward workflow observe embedded "
+        "testing watch"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",
