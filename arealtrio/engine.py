@@ -88,7 +88,12 @@ class RemoteEngine:
         return self.pool.paused(mode)
 
     async def agenerate(
-        self, request: ModelRequest, *, min_version: int = 0, prompt_id: str | None = None
+        self,
+        request: ModelRequest,
+        *,
+        min_version: int = 0,
+        prompt_id: str | None = None,
+        session: str | None = None,
     ) -> ModelResponse:
         """Generate one answer.
 
@@ -106,6 +111,7 @@ class RemoteEngine:
                 version of the rollout's permit, so that no token is older than it.
             prompt_id: Of the rollout's prompt, the same in every epoch; None takes the request's
                 ``session``. It matters to ``queue_order="longest_expected"`` alone.
+            session: For a request that names none.
 
         Returns:
             Tokens, logprobs and versions of one length.
@@ -116,7 +122,8 @@ class RemoteEngine:
             RolloutError: If ``max_failovers`` or ``max_interruptions`` is used up, or if going on
                 would not be exact.
         """
-        generation = self._plan(request, Origin(prompt_id or request.session, min_version))
+        origin = Origin(prompt_id or request.session, min_version)
+        generation = self._plan(request, origin, request.session or session)
         started = trio.current_time()
         setbacks = 0  # fail-overs since it last got an answer
         while not generation.finished:
@@ -130,7 +137,7 @@ class RemoteEngine:
 
     # --- before anything is sent ---------------------------------------------------------------
 
-    def _plan(self, request: ModelRequest, origin: Origin) -> Generation:
+    def _plan(self, request: ModelRequest, origin: Origin, session: str | None) -> Generation:
         gconfig, prompt = request.gconfig, request.input_ids
         if gconfig.n_samples != 1:
             raise InvalidRequest(
@@ -142,7 +149,7 @@ class RemoteEngine:
         self._check_vocabulary(prompt)
         self._check_logprobs(gconfig)
         budget = self._budget(len(prompt), gconfig)
-        return Generation(request, request.rid or uuid.uuid4().hex, budget, origin)
+        return Generation(request, request.rid or uuid.uuid4().hex, budget, origin, session)
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.smallest("vocab_size")
@@ -192,13 +199,13 @@ class RemoteEngine:
         with await self.pool.lease(
             exclude=generation.failed_on,
             min_version=generation.lowest_admissible_version,
-            prefer=generation.server or self._affinity.home(generation.request.session),
+            prefer=generation.server or self._affinity.home(generation.session),
             at_head=generation.under_way,
             origin=generation.origin,
         ) as lease:
             generation.wait_s += trio.current_time() - asked
             if not generation.under_way:
-                self._affinity.settle(generation.request.session, lease.server.address)
+                self._affinity.settle(generation.session, lease.server.address)
             segment = generation.next_segment(self.config, lease)
             arrived = self._parser_for(lease.server)
             try:

@@ -62,19 +62,26 @@ class RolloutEngine:
         engine: What really generates.
         min_version: The version of the permit; 0 where there is none.
         prompt_id: Of the rollout's prompt.
+        session: Of requests that name none: the members of a group share their prompt.
     """
 
-    __slots__ = ("_engine", "_min_version", "_prompt_id")
+    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session")
 
-    def __init__(self, engine: RemoteEngine, min_version: int, prompt_id: str) -> None:
+    def __init__(
+        self, engine: RemoteEngine, min_version: int, prompt_id: str, session: str
+    ) -> None:
         self._engine = engine
         self._min_version = min_version
         self._prompt_id = prompt_id
+        self._session = session
 
     def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:
         """See ``RemoteEngine.agenerate``: this is its coroutine, with no frame around it."""
         return self._engine.agenerate(
-            request, min_version=self._min_version, prompt_id=self._prompt_id
+            request,
+            min_version=self._min_version,
+            prompt_id=self._prompt_id,
+            session=self._session,
         )
 
     def get_version(self) -> int:
@@ -489,7 +496,7 @@ class WorkflowExecutor:
         try:
             with scope:
                 version = group.permit.version if group.permit else 0
-                engine = RolloutEngine(self.engine, version, group.prompt_id)
+                engine = RolloutEngine(self.engine, version, group.prompt_id, group.task_id)
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:

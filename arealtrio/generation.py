@@ -52,6 +52,7 @@ class Generation:
         rid: The stem of its segments' ids.
         budget: Tokens to generate at most.
         origin: Whose it is, and the least version it may be made by.
+        session: Generations that share a prefix share this; None: it shares none.
 
     Attributes:
         server: Where it last ran well; None before.
@@ -63,6 +64,7 @@ class Generation:
     rid: str
     budget: int
     origin: Origin
+    session: str | None = None
     server: str | None = None
     wait_s: float = 0.0
     interruptions: int = 0
