@@ -145,11 +145,19 @@ class Admission:
     def requeue(self, group: GroupTask) -> None:
         """Put a group that is too old back at the head of the queue, without its permit."""
         assert group.permit is not None
-        group.requeued += 1
         group.permit.reject()
         self._order.settled(group.permit.number)
-        group.permit = group.number = None
         self.counts.requeue()
+        self._queue_again(group)
+
+    def requeue_accepted(self, group: GroupTask) -> None:
+        """The same for one that was accepted, and whose budget was given back."""
+        self.counts.requeue_accepted()
+        self._queue_again(group)
+
+    def _queue_again(self, group: GroupTask) -> None:
+        group.requeued += 1
+        group.permit = group.number = None
         self.staleness.on_rollout_enqueued()
         self._queue.appendleft(group)
 

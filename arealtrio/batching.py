@@ -102,37 +102,44 @@ class BatchStream:
         self.unsettled = 0
         self.read_ahead = False  # whether prompts were read since a batch became ready
         self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
+        self._tasks: dict[str, GroupTask] = {}  # of what is accepted: it may be queued again
 
     @property
     def ended(self) -> bool:
         """Whether no prompt is left and nothing is under way."""
         return self.feed.exhausted and not self.unsettled
 
-    def deliver(self, _: GroupTask, result: RolloutResult) -> None:
+    def deliver(self, task: GroupTask, result: RolloutResult) -> None:
         """A group of this stream settled."""
         self.unsettled -= 1
         if result.group is not None:
+            self._tasks[result.task_id] = task
             self.accepted.put(result.group)
         elif result.outcome is not Outcome.CANCELLED:
             self.failures.append(result)
 
-    def discard_older_than(self, oldest: int, version: int) -> int:
-        """Drop what became too old because versions advanced without a batch.
+    def take(self, count: int) -> list[Group]:
+        """Remove the ``count`` groups that are first to leave."""
+        groups = self.accepted.take(count)
+        for group in groups:
+            self._tasks.pop(group.task_id, None)
+        return groups
 
-        A trainer that takes one batch per version never has any; see ``delivery``. Every group is
-        looked at, not just the lowest: the age does not follow the number where a rollout does
-        something else, or waits for a server, before its first token.
+    def take_older_than(self, oldest: int) -> list[tuple[Group, GroupTask | None]]:
+        """Remove what became too old because versions advanced without it, with its task.
+
+        A trainer that takes one batch per version and waits for every straggler never has any; see
+        ``delivery``. Every group is looked at, not just the lowest: the age does not follow the
+        number where a rollout does something else, or waits for a server, before its first token.
 
         Args:
             oldest: The oldest admissible version.
-            version: The trainer's, for the message.
 
         Returns:
-            How many were dropped; each is among ``failures``.
+            The highest number first. A group that was given back has no task any more.
         """
-        discarded = self.accepted.take_where(lambda group: is_older(group, oldest))
-        self.failures += [_discarded(group, version) for group in discarded]
-        return len(discarded)
+        old = self.accepted.take_where(lambda group: is_older(group, oldest))
+        return [(group, self._tasks.pop(group.task_id, None)) for group in reversed(old)]
 
     def take_failures(self) -> tuple[RolloutResult, ...]:
         """What settled otherwise since this was last asked."""
@@ -153,7 +160,8 @@ class BatchStream:
             )
 
 
-def _discarded(group: Group, version: int) -> RolloutResult:
+def expired(group: Group, version: int) -> RolloutResult:
+    """The result of a group that was accepted, and became too old before anybody took it."""
     verdict = outdated(group, version)
     return RolloutResult(
         task_id=group.task_id,

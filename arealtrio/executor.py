@@ -22,6 +22,7 @@ from .batching import (
     BatchStream,
     DataLoader,
     RolloutArguments,
+    expired,
     is_older,
     outdated,
     positive,
@@ -455,7 +456,7 @@ class WorkflowExecutor:
 
     def _release(self, stream: BatchStream, count: int) -> Batch:
         stream.read_ahead = False
-        groups = stream.accepted.take(count)
+        groups = stream.take(count)
         self._consume(groups)
         shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
         return Batch(groups=shuffled, version=self.get_version(), failures=stream.take_failures())
@@ -594,12 +595,24 @@ class WorkflowExecutor:
         return self._is_bounded and is_older(group, self._oldest())
 
     def _discard_outdated(self, version: int) -> None:
-        """Drop what waits for a batch and is too old for ``version``; its budget returns."""
-        if self._stream is not None and self._is_bounded:
-            oldest = version - self.config.max_staleness
-            discarded = self._stream.discard_older_than(oldest, version)
-            self.staleness_manager.discard(discarded)
-            self.counts.discard(discarded)
+        """Drop, or queue again, what waits for a batch and is too old for ``version``.
+
+        Its budget returns. Under ``requeue`` it is a straggler like any other: that it ended after
+        the last batch it could be in, and not a version later, makes no difference.
+        """
+        if self._stream is None or not self._is_bounded:
+            return
+        for group, task in self._stream.take_older_than(version - self.config.max_staleness):
+            self.staleness_manager.discard()
+            if task is not None and self._may_requeue(task):
+                self._stream.unsettled += 1
+                self._live[task.task_id] = task
+                task.begin_again()
+                self._admission.requeue_accepted(task)
+            else:
+                self._stream.failures.append(expired(group, version))
+                self.counts.discard(1)
+        self._pump()
 
     def _stop_stragglers(self) -> None:
         """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""

@@ -98,6 +98,12 @@ class RolloutCounts:
         self.queued += 1
         self._check()
 
+    def requeue_accepted(self) -> None:
+        """One that was accepted became too old, and went back into the queue."""
+        self._settled[Outcome.ACCEPTED] -= 1
+        self.queued += 1
+        self._check()
+
     def settle(self, outcome: Outcome, *, was_running: bool) -> None:
         """One ended."""
         if was_running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from arealtrio import (
     Batch,
     GenerationHyperparameters,
     Group,
+    GroupPolicy,
     SingleTurnWorkflow,
     Trajectory,
     WeightUpdate,
@@ -47,8 +49,8 @@ MAX_RUNNING = 20  # more than the 16 slots, so that requests do wait in the pool
 class Scenario:
     """One run.
 
-    ``reject`` and ``fail`` are shares of the groups; ``think_s`` is the longest time that a
-    rollout spends on something else before it asks a server.
+    ``reject`` and ``fail`` are shares of the groups, ``flaky`` is one of the attempts at a member;
+    ``think_s`` is the longest time that a rollout spends on something else before it asks a server.
     """
 
     seed: int
@@ -60,6 +62,10 @@ class Scenario:
     reject: float = 0.0
     fail: float = 0.0
     think_s: float = 0.0
+    flaky: float = 0.0
+    group_policy: GroupPolicy | None = None
+    max_requeues: int = 2
+    max_running: int = MAX_RUNNING
 
     def __str__(self) -> str:
         return (
@@ -75,7 +81,8 @@ class Scenario:
             "consumer_batch_size": self.batch_size,
             "max_staleness": self.max_staleness,
             "straggler_policy": self.policy,
-            "max_concurrent_rollouts": MAX_RUNNING,
+            "max_requeues": self.max_requeues,
+            "max_concurrent_rollouts": self.max_running,
         }
 
 
@@ -92,10 +99,14 @@ class WatchedWorkflow(SingleTurnWorkflow):
             GenerationHyperparameters(max_new_tokens=1000),
         )
         self._scenario = scenario
+        self._flaky = random.Random(f"{scenario.seed} flaky")
         self.running = 0
         self.most_running = 0
+        self.attempts: Counter[str] = Counter()  # at members, by prompt
 
     async def arun_episode(self, engine: Any, data: Mapping[str, Any]) -> Trajectory | None:
+        self.attempts[str(data["prompt_id"])] += 1
+        breaks = self._flaky.random() < self._scenario.flaky
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -103,7 +114,7 @@ class WatchedWorkflow(SingleTurnWorkflow):
                 self._scenario.think_s * self._scenario.chance("think", data["prompt_id"])
             )
             row = await super().arun_episode(engine, data)
-            if self._scenario.chance("fail", data["prompt_id"]) < self._scenario.fail:
+            if breaks or self._scenario.chance("fail", data["prompt_id"]) < self._scenario.fail:
                 raise Broken
             return row
         finally:
@@ -134,6 +145,11 @@ class Report:
     @property
     def numbers(self) -> list[int]:
         return [group.number for group in self.groups]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of every answer delivered, in tokens."""
+        return [int(row.loss_mask.sum()) for batch in self.batches for row in batch.rows]
 
     def oldest_token(self) -> int:
         """The staleness of the oldest token consumed, counted here from the tokens themselves."""
@@ -193,7 +209,7 @@ class Run:
         counts = dict(self.executor.counts.as_dict())
         assert counts.pop("submitted") == sum(counts.values())
         assert min(counts.values()) >= 0
-        assert self.workflow.most_running <= MAX_RUNNING
+        assert self.workflow.most_running <= self.scenario.max_running
 
     async def next_batch(self, loader: Any) -> Batch:
         batch = await self.executor.prepare_batch(
@@ -201,6 +217,7 @@ class Run:
             self.workflow,
             should_accept_fn=self.workflow.should_accept,
             group_size=self.scenario.group_size,
+            group_policy=self.scenario.group_policy,
         )
         self.report.batches.append(batch)
         self.check()
