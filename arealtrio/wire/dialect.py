@@ -20,6 +20,7 @@ from ..types import (
     PauseMode,
     StopReason,
 )
+from .weights import WeightRequests
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class ServerInfo:
             all from the start, n tokens take n²/2 entries, and are not worth a stream.
         logprobs_tempered: Whether its logprobs are of the distribution that was sampled from, after
             the temperature, and not of the model's own before it.
+        weights_backed_up: Whether its weights are still there after it slept, where its dialect
+            does not promise that of every server.
     """
 
     model: str | None = None
@@ -100,6 +103,7 @@ class ServerInfo:
     token_in_token_out: bool = False
     streams_news: bool = False
     logprobs_tempered: bool | None = None
+    weights_backed_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ class StreamParser(Protocol):
         """
 
 
-class Dialect(Protocol):
+class Dialect(WeightRequests, Protocol):
     """The operations of one kind of server. Instances are immutable and shared."""
 
     name: str

@@ -25,6 +25,7 @@ from .dialect import (
     VersionSpan,
 )
 from .segment import check_segment, top_k_of
+from .sglang_weights import SglangWeights
 from .status import check_status, raise_refusal
 from .stream import End, Failure, News, TokenStream, check_failure, scan_event
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
@@ -47,6 +48,8 @@ STOP_REASONS: Final[dict[str, StopReason]] = {"stop": "stop", "length": "length"
 NAN_MARK: Final = "NaN happened"
 # Older servers give tokens of another request along with this.
 BEFORE_PREFILL: Final = "Abort before prefill"
+
+ALREADY_LOADED: Final = b"already loaded"
 
 LOAD_METRICS: Final = {
     "sglang:num_running_reqs": True,
@@ -111,6 +114,7 @@ class _ServerInfo(msgspec.Struct):
     context_length: int | None = None
     max_running_requests: int | None = None
     incremental_streaming_output: bool = False
+    enable_weights_cpu_backup: bool = False
     internal_states: list[_InternalState] = []  # one for each data-parallel scheduler
 
 
@@ -119,7 +123,11 @@ class _Control(msgspec.Struct):
     message: str = ""
 
 
-class SglangDialect:
+class _Refusal(msgspec.Struct):
+    error_message: str = ""
+
+
+class SglangDialect(SglangWeights):
     """Requests and answers of an SGLang server. Immutable; one instance serves every server."""
 
     name = "sglang"
@@ -148,6 +156,7 @@ class SglangDialect:
             token_in_token_out=True,
             streams_news=config.incremental_streaming_output,
             logprobs_tempered=True,
+            weights_backed_up=config.enable_weights_cpu_backup,
         )
 
     def generate(
@@ -244,9 +253,15 @@ class SglangDialect:
         return body.post("/update_weight_version", question)
 
     def parse_control(self, response: HttpResponse) -> None:
-        """Read an answer to a command; ``/abort_request`` answers with nothing."""
+        """Read an answer to a command; those about requests and memory say nothing.
+
+        That an adapter of that name is loaded already is what was asked for: our names hold a
+        version, and are given once.
+        """
+        if _is_loaded_already(response):
+            return
         check_status(response, SERVER)
-        if not response.body:
+        if response.body in (b"", b"null"):
             return
         answer = body.decode(response.body, _Control, response, f"a command's answer from {SERVER}")
         if not answer.success:
@@ -283,6 +298,16 @@ class SglangDialect:
     def parse_weight_version(self, response: HttpResponse) -> int | None:
         """Read it; a server that nobody updated says ``default``."""
         return read_label(body.read(response, _ModelInfo, SERVER, "model info").weight_version)
+
+
+def _is_loaded_already(response: HttpResponse) -> bool:
+    if response.status != 400 or ALREADY_LOADED not in response.body:
+        return False
+    try:
+        refusal = msgspec.json.decode(response.body, type=_Refusal)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return ALREADY_LOADED.decode() in refusal.error_message
 
 
 def _concurrency(config: _ServerInfo) -> int | None:

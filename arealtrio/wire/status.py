@@ -75,7 +75,7 @@ def _find_reason(body: Any) -> str:
     if isinstance(body, list):  # FastAPI's own validation errors
         return "; ".join(_validation_error(item) for item in body)
     if isinstance(body, dict):
-        for key in ("error", "message", "detail"):
+        for key in ("error", "message", "detail", "error_message"):
             if found := _find_reason(body.get(key)):
                 return found
     return ""

@@ -37,9 +37,11 @@ from .status import check_status, raise_refusal
 from .stream import End, Failure, News, TokenStream, check_failure, scan_event
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
+from .vllm_weights import RESET_CACHE, VllmWeights
 
 SERVER: Final = "vLLM"
 TOKEN_ROUTE: Final = "/inference/v1/generate"
+ADAPTER_DONE: Final = b"Success: "  # about adapters it speaks plain text
 PAUSE_MODES: Final = ("keep", "abort", "wait")
 
 # ``error`` and ``repetition`` (its repetition detection, which is never asked for) are not here:
@@ -137,7 +139,7 @@ class _Control(msgspec.Struct):
     results: list[Any] = []  # of collective_rpc, one for each worker
 
 
-class VllmDialect:
+class VllmDialect(VllmWeights):
     """Requests and answers of a vLLM server. Immutable; one instance serves every server."""
 
     name = "vllm"
@@ -263,7 +265,7 @@ class VllmDialect:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         return (
             body.post("/collective_rpc", reload),
-            body.post("/reset_prefix_cache?reset_running_requests=true"),
+            body.post(RESET_CACHE),
             self.label_weights(version),
         )
 
@@ -274,7 +276,7 @@ class VllmDialect:
     def parse_control(self, response: HttpResponse) -> None:
         """Read an answer to a command; ``/inference/v1/abort_requests`` answers with nothing."""
         check_status(response, SERVER)
-        if not response.body:
+        if not response.body or response.body.startswith(ADAPTER_DONE):
             return
         answer = body.decode(response.body, _Control, response, f"a command's answer from {SERVER}")
         if not answer.success:

@@ -1,0 +1,102 @@
+"""What a server's dialect must be able to say about weights that do not come from its own disk.
+
+Three things: weights that a trainer broadcasts over a network of its own, adapters, and the memory
+that a server lets go of while the trainer uses the GPU. As in ``dialect``: requests built, answers
+read, nothing sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..types import HttpRequest
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that is about to be sent: what the receiver has to make room for.
+
+    Args:
+        name: The parameter's name in the checkpoint.
+        dtype: torch's name of its type, ``bfloat16`` (or ``torch.bfloat16``, as ``str`` gives it).
+        shape: Its sizes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlace:
+    """Where one server stands in the trainer's process group.
+
+    Args:
+        master_address: Host where the group meets.
+        master_port: Its port.
+        rank_offset: Rank of the server's first process; the trainer is rank 0.
+        world_size: Processes in the whole group, the trainer's too.
+        group_name: Of the group, on the servers.
+        backend: Of the network, ``nccl``.
+        pp_rank: The pipeline stage that the group is of; None where one group holds all stages.
+        options: Further fields, such as vLLM's ``packed``, on which both sides must agree.
+    """
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str
+    backend: str = "nccl"
+    pp_rank: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WeightRequests(Protocol):
+    """The operations of one kind of server. A request is answered as ``parse_control`` reads."""
+
+    optional_routes: frozenset[str]
+    """Routes that an older server lacks, and does without."""
+    memory_tags: tuple[str, ...]
+    """What ``sleep`` lets go of, and the order to wake it in; ``weights`` first."""
+    weights_survive_sleep: bool
+    """Whether a server that sleeps always keeps its weights somewhere, if it is asked to."""
+
+    def init_group(self, place: GroupPlace) -> HttpRequest:
+        """Join the trainer's process group. Answered when the whole group has met."""
+
+    def begin_update(self) -> HttpRequest:
+        """Make ready for tensors."""
+
+    def receive(
+        self, tensors: Sequence[TensorSpec], group_name: str, *, last: bool
+    ) -> Sequence[HttpRequest]:
+        """Receive tensors from the group, in this order. Answered when they are in their place."""
+
+    def end_update(self, version: int) -> Sequence[HttpRequest]:
+        """The requests after the last tensor: drop the prefix cache, set the label, go on.
+
+        The label comes last: a server that carries it has everything before it.
+        """
+
+    def reopen_update(self) -> HttpRequest | None:
+        """Close what an update that failed left open, so that another may begin; None: nothing."""
+
+    def load_adapter(self, name: str, path: str) -> HttpRequest:
+        """Take an adapter from disk under a name. One that is there already is no error."""
+
+    def unload_adapter(self, name: str) -> HttpRequest:
+        """Forget an adapter."""
+
+    def sleep(self, *, keep_weights: bool) -> HttpRequest:
+        """Let go of all ``memory_tags``; asked of a server that runs nothing."""
+
+    def wake(self, tags: Sequence[str]) -> HttpRequest:
+        """Take memory back that it let go of."""
+
+
+def dtype_name(dtype: str) -> str:
+    """The bare name, as both servers look it up in torch."""
+    return dtype.removeprefix("torch.")
