@@ -121,8 +121,8 @@ class RolloutConfig:
         affinity_size: Sessions remembered with the server that holds their prefix, the least
             recently used forgotten first; 0 is no affinity. Choose it above the sessions in flight.
         adaptive_caps: Lower a server's cap while it reports preemptions or a full key-value cache,
-            and raise it again after. Worth it where answers are long, so that what a server could
-            start is more than it can hold; see ``pressure_interval_s``.
+            and raise it again after, so that what it can not hold goes to servers that can. It pays
+            where these are unequal or unequally loaded, and costs a lone server throughput.
         pressure_interval_s: Between two looks at a server's metrics for it. Choose some tens of
             decode steps.
         setup_timeout_s: Until all servers answer at the start.

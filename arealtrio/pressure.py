@@ -2,8 +2,13 @@
 
 A server runs as many requests as it may, and finds out as their answers grow that its key-value
 cache does not hold them all. It then puts some back into its queue and computes their prefix again
-later: work done twice. A cap below that point costs nothing, since a server that short of memory
-decodes no faster with more requests.
+later: work done twice. What waits in its queue waits for it alone, though another server may have
+room. Held at what it can run, its surplus waits here, for whichever is free first.
+
+What it is worth, in tests/simulation/test_pressure.py: two servers of which one has a tenth of the
+other's cache take 57 s instead of 67, with 72 preemptions instead of 1046. A lone server preempts a
+tenth as often too, and takes 96 s instead of 84: nobody else takes what it gives up, and a cap that
+probes is at times too low.
 
 Additive increase, multiplicative decrease, as TCP finds its window (Chiu and Jain, 1989): it
 converges wherever the right cap lies, and follows it as answers get longer.
@@ -19,10 +24,10 @@ from .wire.dialect import ServerLoad
 
 KV_CACHE_FULL = 0.95
 """Share of the cache above which it counts as full: what is left is a few steps of a full batch."""
-DECREASE = 0.75
+DECREASE = 0.9
 """What a cap is multiplied with under pressure. TCP halves; here each request given up by mistake
 costs throughput at once, and pressure that stays is seen again at the next look."""
-INCREASE = 1 / 32
+INCREASE = 1 / 64
 """What is added without pressure, in shares of the full cap, and at least one request."""
 
 
