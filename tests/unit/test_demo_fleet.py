@@ -18,9 +18,7 @@ from arealtrio.demo.task import base_model
 from arealtrio.embedded.model import WEIGHTS_FILE
 from arealtrio.errors import NoServerAvailable
 
-
-def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children(recursive=True)]
+from .processes import embedded_servers
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def test_servers_listen_in_sessions_of_their_own_and_end_with_the_block(
         for server in servers:
             server.check_alive()
     assert [server.process.returncode for server in servers] == [0, 0]
-    assert children() == []
+    assert embedded_servers() == []
 
 
 def test_servers_are_of_the_arealtrio_that_runs_not_of_one_that_lies_around(
@@ -58,7 +56,7 @@ def test_servers_are_of_the_arealtrio_that_runs_not_of_one_that_lies_around(
 def test_servers_end_when_the_block_fails(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), server_processes(1, weights, tmp_path):
         raise KeyboardInterrupt
-    assert children() == []
+    assert embedded_servers() == []
 
 
 def test_a_signal_while_a_server_is_started_leaves_none(
@@ -75,7 +73,7 @@ def test_a_signal_while_a_server_is_started_leaves_none(
     monkeypatch.setattr(subprocess, "Popen", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt), server_processes(2, weights, tmp_path):
         raise AssertionError("it went on")
-    assert children() == []
+    assert embedded_servers() == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -97,7 +95,7 @@ def test_a_server_that_does_not_start_is_reported_with_its_own_words(
         server_processes(2, weights, tmp_path),
     ):
         raise AssertionError("it started without weights")
-    assert children() == []
+    assert embedded_servers() == []
 
 
 def test_no_server_outlives_a_parent_that_is_killed(weights: Path, tmp_path: Path) -> None:

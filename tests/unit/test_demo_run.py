@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from arealtrio.demo import run
@@ -14,6 +13,8 @@ from arealtrio.demo.run import DemoOptions, run_demo
 from arealtrio.demo.task import base_model
 from arealtrio.embedded.model import TinyModel
 from arealtrio.errors import ConfigError, NoServerAvailable
+
+from .processes import embedded_servers
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -55,13 +56,13 @@ def test_frozen_weights_teach_nothing_and_every_version_is_kept(tmp_path: Path) 
 def test_a_server_that_dies_ends_the_demo_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def kill_a_server(number: int, *args: object) -> str:
         if number == 2:
-            next(iter(psutil.Process().children())).kill()
+            embedded_servers()[0].kill()
         return ""
 
     monkeypatch.setattr(run, "progress_line", kill_a_server)
     with pytest.raises(NoServerAvailable, match=r"http://127.* ended with status -9"):
         run_demo(DemoOptions(servers=2, steps=1000), io.StringIO())
-    assert psutil.Process().children() == []
+    assert embedded_servers() == []
 
 
 @pytest.mark.parametrize("name", ["steps", "servers", "batch_size", "group_size"])
