@@ -762,6 +762,8 @@ class WorkflowExecutor:
 
     def close(self) -> None:
         """Wake every waiter, settle what is queued as cancelled, cancel what runs. Idempotent."""
+        if self._closed:
+            return  # each rollout that the end of the run cancels comes by here
         self._closed = True
         self._waiting.end(_closed_error)  # first: what is cancelled below is no result to wait for
         for group in list(self._live.values()):
