@@ -67,9 +67,8 @@ class GenerationHyperparameters:
         top_p: Nucleus mass, in (0, 1].
         top_k: Candidates kept; anything ≥ the vocabulary means all of them.
         min_p: Probability floor relative to the best token, in [0, 1).
-        temperature: 0 is greedy. Note what the server's logprobs mean at temperatures other
-            than 1: vLLM reports them before temperature unless it runs with
-            ``--logprobs-mode processed_logprobs``.
+        temperature: 0 is greedy. At any other than 1 the server's logprobs need care; see
+            ``ModelResponse.output_logprobs``.
         stop_token_ids: Generation ends after one of these (kept in the output).
         stop: Generation ends after one of these strings.
         ignore_eos: Go on past the end-of-sequence token.
@@ -179,7 +178,13 @@ class ModelResponse:
         rid: The request's id.
         input_tokens: int32[P], as asked.
         output_tokens: int32[N].
-        output_logprobs: float32[N], of each token when it was sampled.
+        output_logprobs: float32[N], of each token when it was sampled, as its server means them.
+            SGLang: after the temperature, before top-p, top-k and min-p. vLLM by default
+            (``raw_logprobs``): the model's own, before the temperature and all else, so at another
+            temperature than 1 not of the policy that sampled; with ``--logprobs-mode
+            processed_logprobs``: after the temperature and all else. An engine warns, once, at the
+            first request whose temperature makes the difference; a vLLM that gives logits instead
+            of logprobs is not taken in.
         output_versions: int32[N], the weight version that made each token; never decreasing.
         stop_reason: ``stop`` (EOS, stop id or stop string), ``length``, or ``tool_calls``.
         versions_exact: False where a version had to be taken from the client's own belief although

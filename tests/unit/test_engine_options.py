@@ -1,0 +1,354 @@
+"""What an engine prefers, counts, sends along and warns of."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+import trustme
+
+from arealtrio.config import RolloutConfig
+from arealtrio.engine import RemoteEngine, open_engine
+from arealtrio.errors import ConfigError, NoServerAvailable, TransportError
+from arealtrio.servers import ServerPool
+from arealtrio.tally import EngineStatistics
+from arealtrio.testing import (
+    FixedLengths,
+    SimulatedFleet,
+    SimulatedServerSettings,
+    open_fleet,
+)
+from arealtrio.types import GenerationHyperparameters, HttpRequest, HttpResponse, ModelRequest
+
+SHORT = GenerationHyperparameters(max_new_tokens=10)
+
+
+def session(name: str, tokens: int = 10) -> ModelRequest:
+    return ModelRequest([5, 6], SHORT.new(max_new_tokens=tokens), session=name)
+
+
+def shown(totals: EngineStatistics, *names: str) -> tuple[int, ...]:
+    return tuple(getattr(totals, name) for name in names)
+
+
+def affinity_of(engine: RemoteEngine) -> tuple[int, ...]:
+    return shown(engine.totals(), "affinity_hits", "affinity_spills", "affinity_moves")
+
+
+@asynccontextmanager
+async def simulated(
+    servers: int, length: int
+) -> AsyncIterator[tuple[RemoteEngine, SimulatedFleet]]:
+    async with (
+        open_fleet(servers, lengths=FixedLengths(length)) as fleet,
+        open_engine(RolloutConfig(servers=fleet.addresses), transport=fleet) as engine,
+    ):
+        yield engine, fleet
+
+
+# --- affinity -----------------------------------------------------------------------------------
+
+
+async def test_a_session_returns_to_its_server_though_others_have_less_to_do(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with simulated(3, 10) as (engine, _):
+        answers = [await engine.agenerate(session("a")) for _ in range(5)]
+        assert len({s.server for answer in answers for s in answer.segments}) == 1
+        assert affinity_of(engine) == (4, 0, 0)
+        without = [await engine.agenerate(ModelRequest([5], SHORT)) for _ in range(3)]
+        assert len({s.server for answer in without for s in answer.segments}) == 3
+
+
+async def test_a_full_home_is_not_waited_for_and_the_session_moves(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    settings = [SimulatedServerSettings(max_num_seqs=1)] * 2
+    async with open_fleet(settings, lengths=FixedLengths(100)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses)
+        async with open_engine(config, transport=fleet) as engine, trio.open_nursery() as nursery:
+            first = await engine.agenerate(session("a"))
+            nursery.start_soon(engine.agenerate, session("a", 100))
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            second = await engine.agenerate(session("a"))
+            assert first.segments[0].server != second.segments[0].server
+            assert second.wait_s == 0
+            assert affinity_of(engine) == (1, 1, 1)
+            third = await engine.agenerate(session("a"))
+            assert third.segments[0].server == second.segments[0].server
+
+
+async def test_a_session_whose_server_left_moves_without_a_spill(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with simulated(2, 10) as (engine, _):
+        first = await engine.agenerate(session("a"))
+        engine.pool.remove(first.segments[0].server)
+        second = await engine.agenerate(session("a"))
+        assert first.segments[0].server != second.segments[0].server
+        assert affinity_of(engine) == (0, 0, 1)
+
+
+async def test_affinity_can_be_off(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_fleet(2, lengths=FixedLengths(10)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, affinity_size=0)
+        async with open_engine(config, transport=fleet) as engine:
+            answers = [await engine.agenerate(session("a")) for _ in range(2)]
+            assert len({answer.segments[0].server for answer in answers}) == 2
+            assert affinity_of(engine) == (0, 0, 0)
+
+
+# --- counters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("segment_tokens", "kept", "again"), [(None, 0, 100), (20, 40, 20)])
+async def test_a_death_costs_a_segment_at_most(
+    segment_tokens: int | None, kept: int, again: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    settings = [SimulatedServerSettings(token_time_s=0.01)] * 2
+    async with open_fleet(settings, lengths=FixedLengths(100)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, segment_tokens=segment_tokens)
+        async with open_engine(config, transport=fleet) as engine, trio.open_nursery() as nursery:
+            nursery.start_soon(engine.agenerate, session("a", 100))
+            await trio.sleep(0.505)  # in the third segment of twenty
+            victim = next(server for server in fleet if server.generations)
+            victim.die()
+    totals = engine.totals()
+    names = ("failovers", "tokens_generated", "tokens_kept", "tokens_regenerated", "tokens_lost")
+    assert shown(totals, *names) == (1, 100, kept, again, 0)
+    assert totals.aborts_sent == 1
+
+
+async def test_a_server_that_got_nothing_has_nothing_to_make_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with simulated(2, 10) as (engine, fleet):
+        await engine.agenerate(session("a"))
+        next(s for s in fleet if s.most_generations).die()  # the session's home
+        await engine.agenerate(session("a"))
+        names = ("failovers", "tokens_regenerated", "aborts_sent")
+        assert shown(engine.totals(), *names) == (1, 0, 0)
+
+
+# --- headers and TLS ----------------------------------------------------------------------------
+
+
+def test_a_servers_own_headers_win_and_none_is_shown() -> None:
+    config = RolloutConfig(
+        servers=["http://a:1", "http://b:1"],
+        headers={"Authorization": "common-secret", "X-Team": "t"},
+        server_headers={"http://a:1/": {"authorization": "own-secret"}},
+    )
+    assert config.headers_of("http://a:1") == (("X-Team", "t"), ("authorization", "own-secret"))
+    assert config.headers_of("http://b:1") == (("Authorization", "common-secret"), ("X-Team", "t"))
+    assert "secret" not in repr(config)
+
+
+def test_headers_that_are_no_text_are_refused_without_being_repeated() -> None:
+    broken: Any = {"http://a:1": {"authorization": b"secret"}}
+    with pytest.raises(ConfigError, match="both of them text") as caught:
+        RolloutConfig(servers=["http://a:1"], server_headers=broken)
+    assert "secret" not in str(caught.value)
+
+
+class Recorder:
+    """A transport in front of another that notes the headers of each request."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.seen: dict[str, set[Any]] = {}
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *args: Any, headers: Any = (), **more: Any
+    ) -> HttpResponse:
+        self.seen.setdefault(base_url, set()).add(tuple(headers))
+        answer = await self.inner.request(base_url, request, *args, headers=headers, **more)
+        assert isinstance(answer, HttpResponse)
+        return answer
+
+    def stream(self, base_url: str, *args: Any, headers: Any = (), **more: Any) -> Any:
+        self.seen.setdefault(base_url, set()).add(tuple(headers))
+        return self.inner.stream(base_url, *args, headers=headers, **more)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_every_request_carries_its_servers_headers(
+    streaming: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_fleet(2, lengths=FixedLengths(10)) as fleet:
+        first, second = fleet.addresses
+        config = RolloutConfig(
+            servers=fleet.addresses, streaming=streaming, server_headers={first: {"x-key": "1"}}
+        )
+        recorder = Recorder(fleet)
+        async with open_engine(config, transport=recorder) as engine:
+            for _ in range(2):
+                await engine.agenerate(ModelRequest([5], SHORT))
+    assert recorder.seen == {first: {(("x-key", "1"),)}, second: {()}}
+
+
+def test_a_file_without_certificates_is_named(tmp_path: Path) -> None:
+    from arealtrio.transport import trust
+
+    assert trust(None) is None
+    (tmp_path / "empty.pem").write_text("nothing")
+    for name in ("empty.pem", "missing.pem"):
+        with pytest.raises(ConfigError, match=f"ca_file .*{name}"):
+            trust(str(tmp_path / name))
+
+
+async def test_an_https_server_is_checked_against_the_configured_authority(tmp_path: Path) -> None:
+    ours, other = trustme.CA(), trustme.CA()
+    for name, authority in (("ours.pem", ours), ("other.pem", other)):
+        authority.cert_pem.write_to_path(tmp_path / name)
+    context = ssl_context(ours)
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(serve_tls, context)
+        port = listeners[0].transport_listener.socket.getsockname()[1]
+        said = {}
+        for name in ("ours.pem", "other.pem"):
+            config = RolloutConfig(
+                servers=[f"https://localhost:{port}"],
+                ca_file=str(tmp_path / name),
+                setup_timeout_s=0.5,
+            )
+            with pytest.raises(NoServerAvailable) as caught:
+                async with open_engine(config):
+                    pass
+            said[name] = str(caught.value)
+        nursery.cancel_scope.cancel()
+    assert "teapot" in said["ours.pem"]
+    assert "certificate" in said["other.pem"].lower()
+
+
+def ssl_context(authority: trustme.CA) -> Any:
+    import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+async def serve_tls(context: Any, task_status: trio.TaskStatus[Any]) -> None:
+    """Answer everything with 418, which no client asks again."""
+
+    async def answer(stream: Any) -> None:
+        try:
+            await stream.receive_some(4096)
+            await stream.send_all(b"HTTP/1.1 418 teapot\r\ncontent-length: 6\r\n\r\nteapot")
+        except trio.BrokenResourceError:
+            return  # the client did not trust us
+
+    await trio.serve_ssl_over_tcp(answer, 0, context, host="localhost", task_status=task_status)
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_the_limits_of_a_stream_are_named_and_within_the_whole() -> None:
+    config = RolloutConfig(first_byte_timeout_s=7, idle_timeout_s=3, segment_timeout_s=5)
+    streamed, whole = config.segment_limits(streamed=True), config.segment_limits()
+    assert (streamed.connect_s, streamed.first_byte_s, streamed.idle_s, streamed.total_s) == (
+        5, 5, 3, 5,
+    )  # fmt: skip
+    assert (whole.first_byte_s, whole.idle_s) == (5, 5)
+
+
+# --- what a server says, and does not ------------------------------------------------------------
+
+
+class Sglang:
+    """An SGLang server that answers what is asked at the start, and nothing else."""
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *_: Any, **__: Any
+    ) -> HttpResponse:
+        await trio.lowlevel.checkpoint()
+        bodies = {"/v1/models": {"data": [{"id": "m"}]}, "/model_info": {"weight_version": "0"}}
+        if request.path == "/server_info":
+            return HttpResponse(404, {}, b"")
+        return HttpResponse(200, {}, json.dumps(bodies.get(request.path, {})).encode())
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_sglang_is_not_used_without_its_vocabularys_size() -> None:
+    config = RolloutConfig(servers=["http://s:1"], backend="sglang")
+    with pytest.raises(ConfigError, match=r"vocab_size=….*http://s:1"):
+        async with open_engine(config, transport=Sglang()):
+            pass
+    async with open_engine(replace(config, vocab_size=100), transport=Sglang()) as engine:
+        assert engine.statistics()[0].state == "ready"
+
+
+@contextmanager
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("tempered", "words"), [(False, "gives logprobs from before"), (None, "does not say")]
+)
+async def test_logprobs_of_another_distribution_are_warned_of_once(
+    tempered: bool | None, words: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with simulated(1, 5) as (engine, _):
+        server = engine.pool.servers[0]
+        server.info = replace(server.info, logprobs_tempered=tempered)
+        for harmless in (SHORT, SHORT.new(greedy=True, temperature=0.5)):
+            with no_warning():
+                await engine.agenerate(ModelRequest([5], harmless))
+        with pytest.warns(UserWarning, match=words):
+            await engine.agenerate(ModelRequest([5], SHORT.new(temperature=0.5)))
+        with no_warning():
+            await engine.agenerate(ModelRequest([5], SHORT.new(temperature=0.5)))
+
+
+async def test_logprobs_after_the_temperature_need_no_warning(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with simulated(1, 5) as (engine, _):
+        server = engine.pool.servers[0]
+        server.info = replace(server.info, logprobs_tempered=True)
+        with no_warning():
+            await engine.agenerate(ModelRequest([5], SHORT.new(temperature=0.5)))
+
+
+# --- caps under pressure ------------------------------------------------------------------------
+
+
+async def test_a_server_whose_metrics_can_not_be_read_keeps_its_cap(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def load_of(self: ServerPool, server: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        await trio.lowlevel.checkpoint()
+        raise TransportError("no metrics here")
+
+    monkeypatch.setattr(ServerPool, "load_of", load_of)
+    async with open_fleet(1) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, adaptive_caps=True, pressure_interval_s=1.0)
+        async with open_engine(config, transport=fleet) as engine:
+            await trio.sleep(5.5)
+            assert asked == 5
+            assert [(row.cap, row.allowed) for row in engine.statistics()] == [(8, 8)]
