@@ -27,6 +27,8 @@ from .errors import (
     TransportError,
 )
 from .generation import Generation
+from .lora import unload_retired
+from .memory import Memory
 from .ordering import Origin
 from .pressure import relieve_pressure
 from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerState, ServerStatistics
@@ -58,6 +60,7 @@ class RemoteEngine:
 
     def __init__(self, pool: ServerPool, config: RolloutConfig) -> None:
         self.pool = pool
+        self.memory = Memory(pool)
         self.config = config
         self._tally = Tally()
         self._affinity = Affinity(config.affinity_size, pool.serves)
@@ -86,6 +89,23 @@ class RemoteEngine:
         See ``ServerPool.paused``.
         """
         return self.pool.paused(mode)
+
+    async def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
+        """Put every server to sleep until ``onload``. See ``Memory.offload``."""
+        return await self.memory.offload(keep_weights=keep_weights, drain=drain)
+
+    async def onload(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        """Wake what sleeps, or a part of it. See ``Memory.onload``."""
+        return await self.memory.onload(tags)
+
+    def offloaded(
+        self, *, keep_weights: bool = True, drain: bool = False
+    ) -> AbstractAsyncContextManager[dict[str, str]]:
+        """Lend the servers' GPUs to the trainer for an ``async with`` block.
+
+        See ``Memory.offloaded``.
+        """
+        return self.memory.offloaded(keep_weights=keep_weights, drain=drain)
 
     async def agenerate(
         self,
@@ -196,17 +216,23 @@ class RemoteEngine:
 
     async def _run_segment(self, generation: Generation) -> None:
         asked = trio.current_time()
-        with await self.pool.lease(
-            exclude=generation.failed_on,
-            min_version=generation.lowest_admissible_version,
-            prefer=generation.server or self._affinity.home(generation.session),
-            at_head=generation.under_way,
-            origin=generation.origin,
-        ) as lease:
+        adapter_name = generation.request.gconfig.lora_name
+        with (
+            await self.pool.lease(
+                exclude=generation.failed_on,
+                min_version=generation.lowest_admissible_version,
+                prefer=generation.server or self._affinity.home(generation.session),
+                at_head=generation.under_way,
+                origin=generation.origin,
+            ) as lease,
+            self.pool.adapters.using(adapter_name) as adapter,
+        ):
+            if self.pool.adapters.is_versioned(adapter_name):
+                lease.adapter_version = self.pool.version
             generation.wait_s += trio.current_time() - asked
             if not generation.under_way:
                 self._affinity.settle(generation.session, lease.server.address)
-            segment = generation.next_segment(self.config, lease)
+            segment = generation.next_segment(self.config, lease, adapter)
             arrived = self._parser_for(lease.server)
             try:
                 self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
@@ -352,10 +378,14 @@ class RemoteEngine:
     def _versions(self, lease: Lease, answer: SegmentResponse) -> tuple[Int32Array, bool]:
         """The version of each token of an answer, and whether they are known.
 
-        The server's own spans win. Without them the version pinned when the lease was granted
-        stands, exact unless an update landed on that server since.
+        The server's own spans win, but for a request with an adapter: it keeps the one it named,
+        while the label, and so the spans, follow the newest. Without spans the version pinned when
+        the lease was granted stands, exact unless an update landed on that server since.
         """
         count = len(answer.token_ids)
+        if lease.adapter_version is not None:
+            exact = lease.server.base_version == lease.base_version
+            return np.full(count, lease.adapter_version, dtype=np.int32), exact
         if answer.versions is None:
             exact = lease.server.version == lease.version
             return np.full(count, lease.version, dtype=np.int32), exact
@@ -468,11 +498,23 @@ async def open_engine(
             async with background(supervise, pool) as nursery:
                 if config.adaptive_caps:
                     nursery.start_soon(relieve_pressure, pool)
-                yield RemoteEngine(pool, config)
+                nursery.start_soon(unload_retired, pool)
+                engine = RemoteEngine(pool, config)
+                try:
+                    yield engine
+                finally:
+                    await _wake_at_the_end(engine)
     finally:
         if own:
             with trio.CancelScope(shield=True):
                 await transport.aclose()
+
+
+async def _wake_at_the_end(engine: RemoteEngine) -> None:
+    """Leave no server asleep that was put to sleep here; bounded by ``close_timeout_s``."""
+    if engine.memory.is_lent:
+        with trio.move_on_after(engine.config.close_timeout_s, shield=True):
+            await engine.memory.onload()
 
 
 def _check_vocabulary_is_known(pool: ServerPool) -> None:

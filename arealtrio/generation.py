@@ -97,7 +97,9 @@ class Generation:
         last = int(self.versions[-1][-1]) if self.count else PROMPT_VERSION
         return max(self.origin.version, last)
 
-    def next_segment(self, config: RolloutConfig, lease: Lease) -> SegmentRequest:
+    def next_segment(
+        self, config: RolloutConfig, lease: Lease, adapter: str = ""
+    ) -> SegmentRequest:
         """The next question to a server: what is missing, after what is there."""
         gconfig = self.request.gconfig
         number = next(self._numbers)
@@ -110,7 +112,7 @@ class Generation:
             max_new_tokens=min(self.budget - self.count, self._segment_limit(config)),
             min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),
             gconfig=gconfig,
-            model=gconfig.lora_name or config.model or lease.server.info.model or "",
+            model=adapter or gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
         )
 

@@ -16,6 +16,7 @@ from typing import Self
 
 import trio
 
+from .adapters import Adapters
 from .config import RolloutConfig, normalise_address
 from .errors import (
     ConfigError,
@@ -75,6 +76,8 @@ class Server:
         probes: Times it was looked at since it last proved itself; the interval grows with them.
         frozen: It was paused and not resumed: a server whose update failed must not generate.
         tainted: A load failed or was cut short, so its weights are not known.
+        base_version: The weights of its base model, without adapters.
+        asleep: The memory that it let go of, by the dialect's tags.
         held: Pause scopes that hold it now.
         trial_cap: Requests it may have while it proves itself after a failure; None: its cap.
         pressure_cap: Requests it may have while it is short of cache; None: its cap.
@@ -97,10 +100,13 @@ class Server:
     probes: int = 0
     frozen: bool = False
     tainted: bool = False
+    base_version: int = 0
+    asleep: set[str] = field(default_factory=set)
     held: int = 0
     trial_cap: int | None = None
     pressure_cap: int | None = None
     changed: trio.Event = field(default_factory=trio.Event)
+    emptied: trio.Event | None = None  # of those who wait until nothing is in flight on it
     control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
     restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
     in_flight: set[trio.CancelScope] = field(default_factory=set)
@@ -139,13 +145,18 @@ class Lease:
 
     Attributes:
         version: The server's weight version when the lease was granted.
+        base_version: That of its base model.
+        adapter_version: The pool's version when the request named a versioned adapter; None where
+            it names none.
     """
 
-    __slots__ = ("_pool", "_slot", "server", "version")
+    __slots__ = ("_pool", "_slot", "adapter_version", "base_version", "server", "version")
 
     def __init__(self, pool: ServerPool, server: Server, slot: HeldSlot) -> None:
         self.server = server
         self.version = server.version
+        self.base_version = server.base_version
+        self.adapter_version: int | None = None
         self._pool = pool
         self._slot = slot
 
@@ -184,7 +195,10 @@ class ServerPool:
 
     Attributes:
         version: The weight version that every server in service has, or is beyond.
-        recipe: The requests that bring a server to ``version``; None where nobody can repeat them.
+        recipe: The requests that bring a server to ``base_version``; None where nobody can repeat
+            them.
+        base_version: The version of the last update that was not of an adapter alone.
+        adapters: Which versions of adapters requests are to name.
     """
 
     def __init__(
@@ -198,7 +212,8 @@ class ServerPool:
             raise ConfigError("no servers are named; set RolloutConfig(servers=[…])")
         self.config = config
         self.dialect = dialect
-        self.version = 0
+        self.version = self.base_version = 0
+        self.adapters = Adapters()
         self.recipe: Sequence[HttpRequest] | None = ()  # version 0 is what a server starts with
         self.service_changed = trio.Event()
         self.update_lock = trio.Lock()  # versions reach every server in one order
@@ -357,6 +372,9 @@ class ServerPool:
 
     def drained(self, server: Server) -> None:
         """Forget a server that was to be removed, once nothing is in flight on it."""
+        if server.emptied is not None and not self.outstanding(server):
+            server.emptied.set()
+            server.emptied = None
         if server.state is not ServerState.DRAINING:
             return
         if self._is_known(server):
@@ -518,9 +536,19 @@ class ServerPool:
         """Record that some server is about to be told to load ``version``."""
         self._newest_told = max(self._newest_told, version)
 
-    def advance(self, version: int, recipe: Sequence[HttpRequest] | None) -> None:
-        """Make ``version`` the version of the pool, in either direction (recovery goes back)."""
+    def advance(
+        self, version: int, recipe: Sequence[HttpRequest] | None, *, has_base: bool = True
+    ) -> None:
+        """Make ``version`` the version of the pool, in either direction (recovery goes back).
+
+        Args:
+            version: The version.
+            recipe: The requests that bring a server to its base weights; None: nobody can.
+            has_base: Whether it changed the base weights, and not an adapter alone.
+        """
         self.version, self.recipe = version, recipe
+        if has_base:
+            self.base_version = version
         self.told(version)
         self._leases.hand_over()
 
@@ -700,7 +728,11 @@ class ServerPool:
 
     @asynccontextmanager
     async def paused(
-        self, mode: PauseMode = "keep", servers: Sequence[Server] | None = None
+        self,
+        mode: PauseMode = "keep",
+        servers: Sequence[Server] | None = None,
+        *,
+        drain: bool = False,
     ) -> AsyncIterator[dict[str, str]]:
         """Stop generation on servers, for the length of the block.
 
@@ -716,6 +748,8 @@ class ServerPool:
                 changed); ``abort`` returns them with what they have; ``wait`` lets them finish,
                 within ``update_timeout_s``.
             servers: Which; None: all, also those that are to be removed.
+            drain: Let everything finish first, for at most ``update_timeout_s``; nothing new is
+                sent meanwhile. Unlike ``wait``, every dialect can do it.
 
         Yields:
             The servers that could not be paused: address to what went wrong.
@@ -731,6 +765,8 @@ class ServerPool:
         self._pauses += whole_pool
         try:
             self._hold(chosen)
+            if drain:
+                await self._until_empty(chosen)
             await self._each(chosen, request, limit_s, failed)
             yield failed
         finally:
@@ -745,6 +781,13 @@ class ServerPool:
             server.held += 1
             if server.state is ServerState.READY:
                 self.set_state(server, ServerState.PAUSED)
+
+    async def _until_empty(self, servers: Sequence[Server]) -> None:
+        with trio.move_on_after(self.config.update_timeout_s):
+            for server in servers:
+                while self._is_known(server) and self.outstanding(server):
+                    server.emptied = server.emptied or trio.Event()
+                    await server.emptied.wait()
 
     async def _let_go(self, servers: Sequence[Server]) -> None:
         """Resume the servers that no other scope holds."""

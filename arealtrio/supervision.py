@@ -113,7 +113,10 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     version = server.version
     if not _has_its_weights(pool, server):
         version = pool.version
-        await _load(pool, server, _recipe_for(pool, server))
+        if not _has_its_base(pool, server):
+            await _load(pool, server, _recipe_for(pool, server))
+            server.base_version = pool.base_version
+        await _load_adapters(pool, server)
         await pool.label(server, version)
     await pool.confirm(server, version)
     server.tainted = False
@@ -127,6 +130,18 @@ def _notice_restart(server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights."""
     if server.labelled and server.info.weight_version is None:
         server.labelled = server.tainted = False
+
+
+def _has_its_base(pool: ServerPool, server: Server) -> bool:
+    """Whether it missed nothing but adapters."""
+    known = server.labelled and server.info.weight_version is not None and not server.tainted
+    return known and server.base_version >= pool.base_version
+
+
+async def _load_adapters(pool: ServerPool, server: Server) -> None:
+    for adapter in pool.adapters.current:
+        request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
+        await pool.control(server, request, pool.config.update_timeout_s)
 
 
 def _has_its_weights(pool: ServerPool, server: Server) -> bool:

@@ -32,9 +32,9 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("generation", "pressure", "supervision"),
+    ("generation", "lora", "memory", "pressure", "supervision"),
     ("servers",),
-    ("leases",),
+    ("adapters", "leases"),
     ("ordering", "scheduling", "transport", "wire"),
     ("affinity", "lengths", "tally"),
 )
@@ -74,7 +74,7 @@ DOORS = {
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
         "weights supervision servers pressure leases transport reward workflow observe embedded "
-        "testing watch"
+        "testing watch adapters lora memory"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",

@@ -1,4 +1,4 @@
-"""WeightUpdate: new weights on every server, while generation goes on around it.
+"""The course of a weight update, the same for every kind.
 
 The order is pause → load on every server → drop the prefix cache → version label → resume →
 version + 1. The version of the pool advances only when every server in service has the weights; a
@@ -7,103 +7,18 @@ server that failed is out of service, and the result names it.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Self
+from collections.abc import Sequence
 
 import trio
 
-from .errors import RolloutError, UsageError, WeightUpdateError
-from .servers import Server, ServerPool, ServerState
-from .types import HttpRequest, PauseMode
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightUpdate:
-    """What the servers are to load, and the version it makes. Use the class methods.
-
-    Args:
-        kind: ``disk`` or ``label``.
-        version: The version after it, an integer that the servers carry as their label.
-        path: For ``disk``: the checkpoint as the *servers* see it.
-        pause: How requests in flight are held meanwhile: ``keep`` freezes them and lets them go
-            on with the new weights, ``abort`` returns them and the engine sends them again,
-            ``wait`` lets them finish first.
-        rolling: One server after the other, so that the rest keep generating; tokens of both
-            versions are made meanwhile. False: all at once, which takes less time in all.
-    """
-
-    kind: Literal["disk", "label"]
-    version: int
-    path: str = ""
-    pause: PauseMode = "keep"
-    rolling: bool = False
-
-    @classmethod
-    def from_disk(
-        cls,
-        path: str | os.PathLike[str],
-        version: int,
-        *,
-        pause: PauseMode = "keep",
-        rolling: bool = False,
-    ) -> Self:
-        """Weights in a directory that every server can read.
-
-        Args:
-            path: The checkpoint's directory, as the servers see it.
-            version: The version after the update.
-            pause: How requests in flight are held; see the class.
-            rolling: One server after the other; see the class.
-
-        Raises:
-            UsageError: For a negative version or an empty path.
-        """
-        if not os.fspath(path):
-            raise UsageError("a weight update from disk needs a path")
-        return cls(
-            kind="disk",
-            path=os.fspath(path),
-            version=_version(version),
-            pause=pause,
-            rolling=rolling,
-        )
-
-    @classmethod
-    def label(cls, version: int) -> Self:
-        """No weights, only the label: the trainer moved them itself, or withholds them.
-
-        Args:
-            version: The version after the update.
-
-        Raises:
-            UsageError: For a negative version.
-        """
-        return cls(kind="label", version=_version(version))
-
-
-def _version(version: int) -> int:
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise UsageError(f"a weight version is an integer of at least 0, not {version!r}")
-    return version
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightUpdateResult:
-    """What a weight update did.
-
-    Args:
-        version: The version of the pool after it.
-        updated: Servers that serve the new weights.
-        failed: Servers that do not, by address, with what went wrong. They are out of service.
-        seconds: From the pause to the resume.
-    """
-
-    version: int
-    updated: tuple[str, ...]
-    failed: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
+from ..errors import RolloutError, WeightUpdateError
+from ..memory import wake
+from ..servers import Server, ServerPool, ServerState
+from ..types import HttpRequest
+from .adapters import load_adapter_everywhere
+from .distributed import check_members, receive_everywhere
+from .steps import updated
+from .update import WeightUpdate, WeightUpdateResult
 
 
 async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
@@ -121,6 +36,7 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
             stays; the servers that failed are named and out of service.
     """
     async with pool.update_lock:
+        check_members(pool, update)
         return await _update_all(pool, update)
 
 
@@ -154,7 +70,9 @@ def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult)
             f"{pool.version}. Mend the servers and update again",
             dict(result.failed),
         )
-    pool.advance(update.version, _recipe(pool, update))
+    if update.kind == "lora":
+        pool.adapters.switch(update.name, update.path, update.version)
+    pool.advance(update.version, _recipe(pool, update), has_base=update.kind != "lora")
     for server in pool.servers:  # joined or returned while the update was under way
         if server.state is ServerState.READY and server.version < update.version:
             pool.mark_stale(server, f"missed the update to version {update.version}")
@@ -162,7 +80,9 @@ def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult)
 
 def _recipe(pool: ServerPool, update: WeightUpdate) -> Sequence[HttpRequest] | None:
     """What a server that comes later has to be sent; None where only the trainer can do it."""
-    if update.kind == "label":
+    if update.kind == "lora":
+        return pool.recipe  # of the base model, which stays
+    if update.kind != "disk":
         return None
     return tuple(pool.dialect.load_weights(update.path, update.version))
 
@@ -173,12 +93,18 @@ async def _update(
     if update.kind == "label":
         await _load_everywhere(pool, servers, update, failed)
         return
+    if update.kind == "lora":
+        await load_adapter_everywhere(pool, servers, update, failed)
+        return
     for server in servers:
         if server.restoring is not None:  # it is being brought to weights that are old now
             server.restoring.cancel()
     async with pool.paused(update.pause, servers) as not_paused:
         failed.update(not_paused)
-        await _load_everywhere(pool, servers, update, failed)
+        if update.kind == "distributed":
+            await receive_everywhere(pool, servers, update, failed)
+        else:
+            await _load_everywhere(pool, servers, update, failed)
 
 
 async def _load_everywhere(
@@ -207,15 +133,7 @@ async def _load_one(
             with trio.CancelScope(shield=True):
                 await pool.freeze(server, f"its {words} was cancelled")
             raise
-        _updated(pool, server, update)
-
-
-def _updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
-    server.version = update.version
-    server.frozen = server.tainted = False
-    if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
-        held = pool.is_held(server)
-        pool.set_state(server, ServerState.PAUSED if held else ServerState.READY)
+        updated(pool, server, update)
 
 
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
@@ -224,6 +142,7 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
         if server.frozen:
             await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
         return
+    await wake(pool, server, ("weights",))
     server.told = update.version
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)

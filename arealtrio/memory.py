@@ -1,0 +1,202 @@
+"""Memory: servers that sleep while the trainer uses their GPUs, and wake with what they had.
+
+The order is drain → sleep → train → wake the weights → update → wake the rest → resume. What was
+let go of is remembered per server: a real SGLang dies when it is told to release memory while it
+runs something, or to take back what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+
+from .errors import ProtocolError, RequestRejected, RolloutError, TransportError, UsageError
+from .servers import Server, ServerPool
+
+
+class Memory:
+    """The GPU memory of a pool's servers: theirs, or lent to the trainer.
+
+    Args:
+        pool: The servers.
+    """
+
+    def __init__(self, pool: ServerPool) -> None:
+        self._pool = pool
+        self._lock = trio.Lock()
+        self._pause: AsyncExitStack | None = None  # holds the pool while anything sleeps
+        self._not_paused: dict[str, str] = {}
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether servers were put to sleep and not all woken."""
+        return self._pause is not None
+
+    async def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
+        """Put every server to sleep; generations wait, with the tokens they have.
+
+        What a server runs is returned first, and goes on after ``onload``: the cache that it could
+        have kept is gone in any case. Said twice, it does nothing the second time. Rollouts go on
+        waiting against their deadlines.
+
+        Where weights do not survive (vLLM without ``keep_weights``; SGLang unless it runs with
+        ``--enable-weights-cpu-backup``), a server returns with the next update, or when the last
+        update from disk was repeated for it.
+
+        Args:
+            keep_weights: Keep a copy in the host's memory. Without it sleep and waking are faster;
+                right where an update follows before anything is generated.
+            drain: Let what runs finish first, for at most ``update_timeout_s``; for generations
+                that can not go on elsewhere exactly, such as those with penalties.
+
+        Returns:
+            The servers that do not sleep, by address, with what went wrong.
+        """
+        async with self._lock:
+            if self._pause is None:
+                await self._hold(drain)
+            failed = dict(self._not_paused)
+            try:
+                async with trio.open_nursery() as nursery:
+                    for server in self._pool.servers:
+                        if server.held and server.address not in failed:
+                            nursery.start_soon(
+                                _attempt_sleep, self._pool, server, keep_weights, failed
+                            )
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._wake_all()
+                raise
+            return failed
+
+    async def _hold(self, drain: bool) -> None:
+        stack = AsyncExitStack()
+        paused = self._pool.paused("abort", drain=drain)
+        self._not_paused = await stack.enter_async_context(paused)
+        self._pause = stack
+
+    async def onload(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        """Wake what sleeps, the weights first; when nothing sleeps any more, generation goes on.
+
+        Args:
+            tags: Wake only these, of the dialect's names (``weights``, ``kv_cache``); None: all.
+
+        Returns:
+            The servers that could not be woken, by address, with what went wrong. They are out of
+            service.
+
+        Raises:
+            UsageError: For a tag that this dialect does not have.
+        """
+        known = self._pool.dialect.memory_tags
+        if unknown := set(tags or ()) - set(known):
+            raise UsageError(f"no memory is called {', '.join(sorted(unknown))}; there is {known}")
+        async with self._lock:
+            return await self._wake_all(tags)
+
+    async def _wake_all(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        async with trio.open_nursery() as nursery:
+            for server in self._pool.servers:
+                if server.asleep:
+                    nursery.start_soon(_attempt_wake, self._pool, server, tags, failed)
+        if not any(server.asleep for server in self._pool.servers):
+            pause, self._pause = self._pause, None
+            if pause is not None:
+                await pause.aclose()
+        return failed
+
+    @asynccontextmanager
+    async def offloaded(
+        self, *, keep_weights: bool = True, drain: bool = False
+    ) -> AsyncIterator[dict[str, str]]:
+        """Lend the servers' GPU memory to the trainer for the length of the block.
+
+        Leaving it, in whatever way, wakes what sleeps and lets generation go on; each request is
+        bounded by ``update_timeout_s``. An update of weights inside the block wakes the weights by
+        itself, and the cache only follows at the end.
+
+        Args:
+            keep_weights: See ``offload``.
+            drain: See ``offload``.
+
+        Yields:
+            The servers that do not sleep, by address, with what went wrong: their memory is not
+            free.
+        """
+        try:
+            yield await self.offload(keep_weights=keep_weights, drain=drain)
+        finally:
+            with trio.CancelScope(shield=True):  # each request is bounded
+                await self.onload()
+
+
+async def _attempt_sleep(
+    pool: ServerPool, server: Server, keep_weights: bool, failed: dict[str, str]
+) -> None:
+    async with server.control_lock:
+        if server.asleep:
+            return
+        try:
+            await _sleep(pool, server, keep_weights)
+        except RolloutError as exc:
+            failed[server.address] = str(exc)
+
+
+async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
+    """Put one server to sleep. Where no answer tells, it is taken to sleep: it has to be woken."""
+    dialect = pool.dialect
+    server.asleep = set(dialect.memory_tags)
+    try:
+        request = dialect.sleep(keep_weights=keep_weights)
+        await pool.control(server, request, pool.config.update_timeout_s)
+    except RequestRejected:
+        server.asleep = set()
+        raise
+    except TransportError as exc:
+        if not exc.request_sent:
+            server.asleep = set()
+        raise
+    survive = dialect.weights_survive_sleep and keep_weights
+    if not survive and not server.info.weights_backed_up:
+        server.frozen = server.tainted = True
+        pool.mark_stale(server, "its weights did not survive its sleep")
+
+
+async def _attempt_wake(
+    pool: ServerPool, server: Server, tags: Sequence[str] | None, failed: dict[str, str]
+) -> None:
+    async with server.control_lock:
+        try:
+            await _check_not_restarted(pool, server)
+            for tag in pool.dialect.memory_tags:
+                if tags is None or tag in tags:
+                    await wake(pool, server, (tag,))
+        except RolloutError as exc:
+            failed[server.address] = str(exc)
+            server.asleep = set()
+            await pool.freeze(server, f"not woken: {exc}")
+
+
+async def _check_not_restarted(pool: ServerPool, server: Server) -> None:
+    """Raise for a server that lost our label: another process, which let go of nothing."""
+    if not server.labelled:
+        return
+    limits = pool.config.control_limits(pool.config.control_timeout_s)
+    response = await pool.send(server, pool.dialect.weight_version(), limits)
+    if pool.dialect.parse_weight_version(response) is None:
+        raise ProtocolError("it was restarted while it slept")
+
+
+async def wake(pool: ServerPool, server: Server, tags: Sequence[str]) -> None:
+    """Wake what sleeps of ``tags``, if anything; nothing is ever woken twice.
+
+    Raises:
+        RolloutError: If the server did not confirm it.
+    """
+    wanted = [tag for tag in tags if tag in server.asleep]
+    if wanted:
+        server.asleep.difference_update(wanted)
+        await pool.control(server, pool.dialect.wake(wanted), pool.config.update_timeout_s)
