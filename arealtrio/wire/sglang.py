@@ -27,11 +27,20 @@ from .dialect import (
 from .segment import check_segment, top_k_of
 from .sglang_weights import SglangWeights
 from .status import check_status, raise_refusal
-from .stream import End, Failure, News, TokenStream, check_failure, scan_event
+from .stream import (
+    End,
+    Failure,
+    Logprob,
+    News,
+    TokenId,
+    TokenStream,
+    check_failure,
+    decode_event,
+)
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
 
-Array = TypeVar("Array", Int32Array, Float32Array)
+T = TypeVar("T")
 
 SERVER: Final = "SGLang"
 
@@ -85,12 +94,17 @@ class _Answer(msgspec.Struct):
 class _Progress(msgspec.Struct):
     finish_reason: _FinishReason | None = None
     completion_tokens: int | None = None  # so far, whatever the event repeats of them
+    output_token_logprobs: list[tuple[Logprob, TokenId, Any]] | None = None
     weight_versions: list[Span] | None = None
 
 
 class _Event(msgspec.Struct):
+    output_ids: list[TokenId] | None = None
     meta_info: _Progress | None = None
     error: Failure | None = None
+
+
+EVENT: Final = msgspec.json.Decoder(_Event)
 
 
 class _Model(msgspec.Struct):
@@ -362,15 +376,21 @@ def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentR
     )
 
 
-def _read_event(event: HttpResponse, count: int) -> News | None:
-    columns, said = scan_event(SCANNER, event, _Event, SERVER)
+def _read_event(event: bytes, count: int) -> News | None:
+    said = decode_event(EVENT, event, SERVER)
     check_failure(said.error, event, SERVER)
     if said.meta_info is None:
         raise ProtocolError(f"expected meta_info in every event from {SERVER}")
     end = _end(said.meta_info)
-    if end is not None and end.stop_reason == "abort" and _brings_none(end.message, columns):
+    if end is not None and end.stop_reason == "abort" and _is_barren(end.message, said):
         return News(end=end)
-    return News(*_news(columns, said.meta_info, count), end)
+    return News(*_news(said.output_ids, said.meta_info, count), end)
+
+
+def _is_barren(message: str, said: _Event) -> bool:
+    """``_brings_none`` of an event."""
+    pairs = said.meta_info and said.meta_info.output_token_logprobs
+    return message.startswith(BEFORE_PREFILL) or (pairs is None and not said.output_ids)
 
 
 def _end(said: _Progress) -> End | None:
@@ -382,25 +402,25 @@ def _end(said: _Progress) -> End | None:
     return End(_stop_reason(reason), said.weight_versions, reason.message or "")
 
 
-def _news(
-    columns: dict[str, Column], said: _Progress, count: int
-) -> tuple[Int32Array, Float32Array]:
+def _news(ids: list[int] | None, said: _Progress, count: int) -> tuple[list[int], list[Logprob]]:
     """The tokens behind the first ``count``: the end of a list of all, or a list of no others.
 
     Lists are looked at each for itself, since servers shorten one and not the other.
     """
-    total = said.completion_tokens
+    total, pairs = said.completion_tokens, said.output_token_logprobs
     if total is None or total < count:
         raise ProtocolError(f"expected completion_tokens from {SERVER} that never go back")
-    ids, _ = columns[IDS] or NOTHING
-    pair_ids, logprobs = columns[PAIRS] or NOTHING
-    pair_ids, logprobs = _last(pair_ids, total, count), _last(logprobs, total, count)
-    check_same(_last(ids, total, count), pair_ids, SERVER)
-    return check_tokens(pair_ids, logprobs, SERVER)
+    if pairs is None:
+        raise ProtocolError(f"expected token ids and logprobs from {SERVER}, got no logprobs")
+    new = _last(pairs, total, count)
+    described = [token_id for _, token_id, _ in new]
+    if ids is not None and _last(ids, total, count) != described:
+        raise ProtocolError(f"expected logprobs of the tokens from {SERVER}, got those of others")
+    return described, [logprob for logprob, _, _ in new]
 
 
-def _last(column: Array | None, total: int, count: int) -> Array | None:
-    if column is None or len(column) == total - count:
+def _last(column: list[T], total: int, count: int) -> list[T]:
+    if len(column) == total - count:
         return column
     if len(column) != total:
         raise ProtocolError(

@@ -1,28 +1,30 @@
 """The tokens of one generation as they arrive: events read one by one, kept until they are asked.
 
-Both dialects stream server-sent events whose data is JSON; what an event says is the dialect's.
+Both dialects stream server-sent events whose data is JSON; what an event says is the dialect's. An
+event brings a token or a few, so it is decoded into Python objects: for so few that takes a quarter
+of what making arrays takes, which is what answers in one piece are scanned into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 
-from .._core.logprobs import Scanner
 from ..errors import ProtocolError
-from ..types import Float32Array, HttpResponse, Int32Array, StopReason
-from . import body
+from ..types import INT32_MAX, HttpResponse, StopReason
 from .dialect import SegmentResponse
 from .events import EventReader
 from .status import check_status
-from .tokens import Column, scan
 from .versions import Span, read_spans
 
 LAST_EVENT: Final = b"[DONE]"
+
+TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+Logprob: TypeAlias = float | None  # None is null, which is refused
 
 T = TypeVar("T")
 
@@ -53,17 +55,17 @@ class News:
     """What one event adds.
 
     Args:
-        token_ids: int32[n], the tokens that no event before it had.
-        logprobs: float32[n].
+        token_ids: The tokens that no event before it had.
+        logprobs: Of each of them.
         end: Set by the event that ends the generation.
     """
 
-    token_ids: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    logprobs: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[Logprob] = ()
     end: End | None = None
 
 
-ReadEvent: TypeAlias = Callable[[HttpResponse, int], News | None]
+ReadEvent: TypeAlias = Callable[[bytes, int], News | None]
 """Reads one event's data, given how many tokens came before; None: it says nothing of tokens."""
 
 
@@ -76,13 +78,17 @@ class TokenStream:
     """
 
     def __init__(self, server: str, read: ReadEvent) -> None:
-        self.count = 0
         self._server = server
         self._read = read
         self._events = EventReader()
-        self._ids: list[Int32Array] = []
-        self._logprobs: list[Float32Array] = []
+        self._ids: list[int] = []
+        self._logprobs: list[Logprob] = []
         self._end: End | None = None
+
+    @property
+    def count(self) -> int:
+        """See ``StreamParser``."""
+        return len(self._ids)
 
     @property
     def complete(self) -> bool:
@@ -96,15 +102,15 @@ class TokenStream:
                 self._take(event)
 
     def _take(self, event: bytes) -> None:
-        news = self._read(HttpResponse(200, {"content-type": "an event"}, event), self.count)
+        news = self._read(event, len(self._ids))
         if news is None:
             return
         if self._end is not None:
             raise ProtocolError(f"expected nothing after the last token from {self._server}")
-        if len(news.token_ids):
-            self._ids.append(news.token_ids)
-            self._logprobs.append(news.logprobs)
-            self.count += len(news.token_ids)
+        if len(news.token_ids) != len(news.logprobs) or None in news.logprobs:
+            raise ProtocolError(f"expected a logprob for every token from {self._server}")
+        self._ids += news.token_ids
+        self._logprobs += news.logprobs
         self._end = news.end
 
     def arrived(self) -> SegmentResponse:
@@ -121,28 +127,36 @@ class TokenStream:
         return self._response(self._end)
 
     def _response(self, end: End) -> SegmentResponse:
+        with np.errstate(over="ignore"):  # looked at below
+            logprobs = np.array(self._logprobs, dtype=np.float32)
+        if not np.isfinite(logprobs).all():
+            raise ProtocolError(f"expected logprobs within float32 from {self._server}")
         return SegmentResponse(
-            token_ids=np.concatenate([np.empty(0, dtype=np.int32), *self._ids]),
-            logprobs=np.concatenate([np.empty(0, dtype=np.float32), *self._logprobs]),
+            token_ids=np.array(self._ids, dtype=np.int32),
+            logprobs=logprobs,
             stop_reason=end.stop_reason,
             versions=None if end.spans is None else read_spans(end.spans, self.count),
             message=end.message,
         )
 
 
-def scan_event(
-    scanner: Scanner, event: HttpResponse, shape: type[T], server: str
-) -> tuple[dict[str, Column], T]:
-    """Lift the lists out of one event's data, and read the rest of it as ``shape``.
+def decode_event(decoder: msgspec.json.Decoder[T], event: bytes, server: str) -> T:
+    """Read one event's data.
 
     Raises:
         ProtocolError: If it is not JSON, or of another shape.
     """
-    columns, rest = scan(scanner, event, server)
-    return columns, body.decode(rest, shape, event, f"an event from {server}")
+    try:
+        return decoder.decode(event)
+    except msgspec.ValidationError as exc:  # names a type and a path, never a value
+        raise ProtocolError(f"expected an event from {server}: {exc}") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ProtocolError(
+            f"expected an event from {server} as JSON, got {len(event)} bytes that are none"
+        ) from exc
 
 
-def check_failure(failure: Failure | None, event: HttpResponse, server: str) -> None:
+def check_failure(failure: Failure | None, event: bytes, server: str) -> None:
     """Raise for an event that says the server failed, as if it had been an answer's status.
 
     Raises:
@@ -153,4 +167,4 @@ def check_failure(failure: Failure | None, event: HttpResponse, server: str) -> 
         return
     code = failure.code if isinstance(failure.code, int) else 500
     status = code if 400 <= code < 600 else 500
-    check_status(HttpResponse(status, event.headers, event.body), server)
+    check_status(HttpResponse(status, {}, event), server)

@@ -34,7 +34,16 @@ from .dialect import (
 )
 from .segment import check_segment, top_k_of
 from .status import check_status, raise_refusal
-from .stream import End, Failure, News, TokenStream, check_failure, scan_event
+from .stream import (
+    End,
+    Failure,
+    Logprob,
+    News,
+    TokenId,
+    TokenStream,
+    check_failure,
+    decode_event,
+)
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import Span, read_label, read_spans
 from .vllm_weights import RESET_CACHE, VllmWeights
@@ -93,9 +102,28 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice]
 
 
+class _Record(msgspec.Struct):
+    token_id: TokenId
+    logprob: Logprob = None
+
+
+class _EventLogprobs(msgspec.Struct):
+    content: list[_Record] | None = None
+    token_logprobs: list[Logprob] | None = None
+    tokens: list[str] | None = None
+
+
+class _EventChoice(_Choice):
+    token_ids: list[TokenId] | None = None
+    logprobs: _EventLogprobs | None = None
+
+
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = []  # none in the event that tells the usage
+    choices: list[_EventChoice] = []  # none in the event that tells the usage
     error: Failure | None = None
+
+
+EVENT: Final = msgspec.json.Decoder(_Event)
 
 
 class _Model(msgspec.Struct):
@@ -420,24 +448,43 @@ def _segment_response(choice: _Choice, columns: dict[str, Column]) -> SegmentRes
     )
 
 
-def _read_event(event: HttpResponse, count: int) -> News | None:  # noqa: ARG001  it says the new
-    columns, said = scan_event(SCANNER, event, _Event, SERVER)
+def _read_event(event: bytes, count: int) -> News | None:  # noqa: ARG001  it says the new
+    said = decode_event(EVENT, event, SERVER)
     check_failure(said.error, event, SERVER)
     if not said.choices:
         return None
     if len(said.choices) != 1:
         raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(said.choices)}")
     choice = said.choices[0]
-    end = choice.finish_reason and End(_stop_reason(choice), choice.weight_versions)
-    if _has_no_token(columns):
-        return News(end=end or None)
-    return News(*_tokens(columns), end or None)
+    end = None
+    if choice.finish_reason is not None:
+        end = End(_stop_reason(choice), choice.weight_versions)
+    return News(*_new_tokens(choice), end)
 
 
-def _has_no_token(columns: dict[str, Column]) -> bool:
-    """An event need not have one: the last may bring the finish reason alone."""
-    ids = [columns[path] for path in (IDS, RECORDS, TOKEN_STRINGS)]
-    return all(column is None or column[0] is None or not len(column[0]) for column in ids)
+def _new_tokens(choice: _EventChoice) -> tuple[Sequence[int], Sequence[Logprob]]:
+    """What ``_tokens`` reads of a whole answer. There may be none: the last may end alone."""
+    told = choice.logprobs or _EventLogprobs()
+    ids = choice.token_ids
+    if told.content is not None:
+        described = [record.token_id for record in told.content]
+        if ids is not None and ids != described:
+            raise ProtocolError(
+                f"expected logprobs of the tokens from {SERVER}, got those of others"
+            )
+        return described, [record.logprob for record in told.content]
+    if ids is None:
+        ids = _ids_of(told.tokens or ())
+    return ids, told.token_logprobs or ()
+
+
+def _ids_of(strings: Sequence[str]) -> list[int]:
+    """Old servers name tokens in words, ``token_id:1``, and not otherwise."""
+    numbers = [string.removeprefix("token_id:") for string in strings]
+    ids = [number for number in map(read_label, numbers) if number is not None]
+    if len(ids) != len(strings):
+        raise ProtocolError(f"expected token ids from {SERVER}, got text")
+    return ids
 
 
 def _stop_reason(choice: _Choice) -> StopReason:

@@ -175,7 +175,7 @@ BROKEN = [
     (VLLM, stream_of(vllm_event([1], "length"), vllm_event([2])), "nothing after the last token"),
     (VLLM, stream_of(vllm_event([1], "error")), "finish reason"),
     (VLLM, stream_of(vllm_event([1]) | {"choices": [{"token_ids": [1], "finish_reason": None}]}),
-     "no logprobs"),
+     "a logprob for every token"),
     (SGLANG, stream_of(sglang_event([1], 1, {"type": "stop", "matched": "NaN happened"})),
      "not numbers"),
     (SGLANG, stream_of(sglang_event([1, 2], 2), sglang_event([1], 1)), "never go back"),
