@@ -53,7 +53,7 @@ from .types import (
     Segment,
     Trajectory,
 )
-from .weights import WeightUpdate, WeightUpdateResult
+from .weights import TensorSpec, WeightsGroup, WeightUpdate, WeightUpdateResult
 from .workflow import MultiTurnWorkflow, RLVRWorkflow, RolloutWorkflow, SingleTurnWorkflow
 
 __all__ = [
@@ -107,6 +107,7 @@ __all__ = [
     "SingleTurnWorkflow",
     "StalenessBudgetExhausted",
     "StalenessManager",
+    "TensorSpec",
     "TooManyFailures",
     "TooStale",
     "Trajectory",
@@ -116,6 +117,7 @@ __all__ = [
     "WeightUpdate",
     "WeightUpdateError",
     "WeightUpdateResult",
+    "WeightsGroup",
     "WorkflowError",
     "WorkflowExecutor",
     "open_engine",

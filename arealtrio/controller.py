@@ -7,10 +7,12 @@ caller's thread. It contains no logic that an async user lacks. This is the only
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -30,9 +32,43 @@ from .settlement import RolloutResult
 from .trajectory import Batch
 from .transport import Transport
 from .types import PauseMode
-from .weights import WeightUpdate, WeightUpdateResult
+from .weights import Chunk, WeightsGroup, WeightUpdate, WeightUpdateResult
 
 T = TypeVar("T")
+
+
+class _Question:
+    """Something that the trio side asks the calling thread to do, while it waits for its answer.
+
+    Args:
+        function: What to call there.
+        token: Of the trio side.
+    """
+
+    def __init__(self, function: Callable[[], object], token: trio.lowlevel.TrioToken) -> None:
+        self._function = function
+        self._token = token
+        self._answered = trio.Event()
+        self._result: outcome.Outcome[object] | None = None
+
+    def answer(self) -> None:
+        """Call it (in the caller's thread). What is no Exception interrupts the caller itself."""
+        try:
+            result: outcome.Outcome[object] = outcome.Value(self._function())
+        except Exception as exc:  # noqa: BLE001 - it is raised where it was asked for
+            result = outcome.Error(exc)
+        with contextlib.suppress(trio.RunFinishedError):  # then nobody waits for it any more
+            self._token.run_sync_soon(self._settle, result)
+
+    def _settle(self, result: outcome.Outcome[object]) -> None:
+        self._result = result
+        self._answered.set()
+
+    async def wait(self) -> object:
+        """Wait for what it returned (on the trio side)."""
+        await self._answered.wait()
+        assert self._result is not None
+        return self._result.unwrap()
 
 
 class _Call(Generic[T]):
@@ -49,7 +85,7 @@ class _Call(Generic[T]):
         self.over = False
         self._undo = undo
         self._scope = trio.CancelScope()
-        self._answer: SimpleQueue[outcome.Outcome[T]] = SimpleQueue()
+        self._answer: SimpleQueue[outcome.Outcome[T] | _Question] = SimpleQueue()
         self._result: outcome.Outcome[T] | None = None
         self._abandoned = False
 
@@ -111,8 +147,19 @@ class _Call(Generic[T]):
             undo(self._result.value)
 
     def wait(self) -> T:
-        """Block the caller's thread until there is an answer."""
-        return self._answer.get().unwrap()
+        """Block the caller's thread until there is an answer; do there what is asked meanwhile."""
+        while isinstance(said := self._answer.get(), _Question):
+            said.answer()
+        return said.unwrap()
+
+    async def in_callers_thread(self, function: Callable[[], object]) -> object:
+        """Let the caller, who waits for the answer, call a function (asked on the trio side).
+
+        Cancelled, it waits no longer; the function is not interrupted.
+        """
+        question = _Question(function, trio.lowlevel.current_trio_token())
+        self._answer.put(question)
+        return await question.wait()
 
 
 class RolloutController:
@@ -459,9 +506,60 @@ class RolloutController:
         self._call(lambda: executor.set_version(version))
 
     def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
-        """Bring new weights to every server. See ``WorkflowExecutor.update_weights``."""
+        """Bring new weights to every server. See ``WorkflowExecutor.update_weights``.
+
+        The ``send`` of a distributed update is an ordinary function here, called in this thread.
+        """
+        executor, send = self._live, update.send
+
+        async def send_from_here(chunk: Chunk) -> object:
+            assert send is not None
+            return await call.in_callers_thread(lambda: send(chunk))
+
+        if send is not None:
+            update = replace(update, send=send_from_here)
+        call = _Call[WeightUpdateResult]()
+        return self._answer_of(call, self._start_call, lambda: executor.update_weights(update))
+
+    def init_weights_group(
+        self, group: WeightsGroup, join: Callable[[], object] | None = None
+    ) -> WeightsGroup:
+        """Let every server join a process group of the trainer.
+
+        See ``WorkflowExecutor.init_weights_group``. ``join`` is an ordinary function here, called
+        in this thread.
+        """
         executor = self._live
-        return self._call(lambda: executor.update_weights(update))
+
+        async def join_from_here() -> object:
+            assert join is not None
+            return await call.in_callers_thread(join)
+
+        on_trio_side = None if join is None else join_from_here
+        call = _Call[WeightsGroup]()
+        return self._answer_of(
+            call, self._start_call, lambda: executor.init_weights_group(group, on_trio_side)
+        )
+
+    def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
+        """Put every server to sleep until ``onload``; rollouts wait. See ``Memory.offload``."""
+        executor = self._live
+        return self._call(lambda: executor.offload(keep_weights=keep_weights, drain=drain))
+
+    def onload(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        """Wake what sleeps, or a part of it. See ``Memory.onload``."""
+        executor = self._live
+        return self._call(lambda: executor.onload(tags))
+
+    @contextmanager
+    def offloaded(
+        self, *, keep_weights: bool = True, drain: bool = False
+    ) -> Iterator[dict[str, str]]:
+        """Lend the servers' GPUs to the trainer for a ``with`` block. See ``Memory.offloaded``."""
+        try:
+            yield self.offload(keep_weights=keep_weights, drain=drain)
+        finally:
+            self.onload()
 
     def get_capacity(self) -> int:
         """How many groups admission would let start now."""

@@ -9,8 +9,16 @@ go on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,7 +59,13 @@ from .transport import Transport
 from .types import FailureKind, ModelRequest, ModelResponse, Outcome
 from .waiting import WaitList, crash_of, time_limit
 from .watch import watch_slow_steps
-from .weights import WeightUpdate, WeightUpdateResult, update_weights
+from .weights import (
+    WeightsGroup,
+    WeightUpdate,
+    WeightUpdateResult,
+    init_weights_group,
+    update_weights,
+)
 
 T = TypeVar("T")
 
@@ -659,6 +673,43 @@ class WorkflowExecutor:
         self._stop_stragglers()
         self._changed()
         return result
+
+    async def init_weights_group(
+        self, group: WeightsGroup, join: Callable[[], Awaitable[object]] | None = None
+    ) -> WeightsGroup:
+        """Let every server join a process group of the trainer. See ``weights``.
+
+        Args:
+            group: Where to meet.
+            join: Lets the trainer join at the same time, as rank 0; an async function.
+
+        Returns:
+            The group with its members, for ``WeightUpdate.distributed``.
+
+        Raises:
+            WeightUpdateError: If a server did not join; each is named.
+        """
+        self._check_open()
+        return await init_weights_group(self.engine.pool, group, join)
+
+    async def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
+        """Put every server to sleep until ``onload``; rollouts wait. See ``Memory.offload``."""
+        self._check_open()
+        return await self.engine.offload(keep_weights=keep_weights, drain=drain)
+
+    async def onload(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        """Wake what sleeps, or a part of it. See ``Memory.onload``."""
+        return await self.engine.onload(tags)
+
+    def offloaded(
+        self, *, keep_weights: bool = True, drain: bool = False
+    ) -> AbstractAsyncContextManager[dict[str, str]]:
+        """Lend the servers' GPUs to the trainer for an ``async with`` block.
+
+        See ``Memory.offloaded``.
+        """
+        self._check_open()
+        return self.engine.offloaded(keep_weights=keep_weights, drain=drain)
 
     def _charge_for(self, version: int) -> None:
         """Charge the budget for version steps that consumed less than a batch each.

@@ -161,8 +161,7 @@ async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
         raise
     survive = dialect.weights_survive_sleep and keep_weights
     if not survive and not server.info.weights_backed_up:
-        server.frozen = server.tainted = True
-        pool.mark_stale(server, "its weights did not survive its sleep")
+        server.frozen = server.tainted = True  # and out of service when it wakes without an update
 
 
 async def _attempt_wake(
@@ -174,6 +173,8 @@ async def _attempt_wake(
             for tag in pool.dialect.memory_tags:
                 if tags is None or tag in tags:
                     await wake(pool, server, (tag,))
+            if server.tainted and not server.asleep:
+                pool.mark_stale(server, "its weights did not survive its sleep")
         except RolloutError as exc:
             failed[server.address] = str(exc)
             server.asleep = set()

@@ -4,12 +4,15 @@
 ``adapters`` are the parts of it that are of one kind only.
 """
 
+from ..wire.weights import TensorSpec
 from .distributed import init_weights_group
 from .flow import update_weights
-from .update import Send, WeightsGroup, WeightUpdate, WeightUpdateResult
+from .update import Chunk, Send, WeightsGroup, WeightUpdate, WeightUpdateResult
 
 __all__ = [
+    "Chunk",
     "Send",
+    "TensorSpec",
     "WeightUpdate",
     "WeightUpdateResult",
     "WeightsGroup",
