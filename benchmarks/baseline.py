@@ -37,14 +37,22 @@ def compile_empty() -> Any:
 
 
 def median_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> float:
-    """Run both in turn, and return the median of ours over the median of theirs.
+    """Run both in turn, and return the median of ours over the median of theirs."""
+    mine, yours = medians(ours, theirs, rounds)
+    return mine / yours
+
+
+def medians(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+) -> tuple[float, float]:
+    """Run both in turn, and return the median seconds of each.
 
     In turn, because a shared machine changes its speed between one minute and the next.
     """
-    taken: dict[Callable[[], object], list[int]] = {ours: [], theirs: []}
+    taken: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
     for _ in range(rounds):
         for run, times in taken.items():
-            start = time.perf_counter_ns()
+            start = time.perf_counter()
             run()
-            times.append(time.perf_counter_ns() - start)
-    return statistics.median(taken[ours]) / statistics.median(taken[theirs])
+            times.append(time.perf_counter() - start)
+    return statistics.median(taken[ours]), statistics.median(taken[theirs])

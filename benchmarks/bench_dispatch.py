@@ -234,7 +234,7 @@ async def memory_of_waiting(url: str, count: int, cap: int) -> float:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - the other side is a real process
         await trio.sleep(0.05)
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -39,6 +40,13 @@ Measure = Callable[[str, int, int], float]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
+    with delayed_server() as url:
+        yield url
+
+
+@contextmanager
+def delayed_server() -> Iterator[str]:
+    """Run ``http_server.py`` in a process of its own for the length of the block."""
     ensure_descriptors(10_000)
     script = Path(__file__).with_name("http_server.py")
     with subprocess.Popen(
