@@ -110,7 +110,7 @@ async def test_rollouts_go_on_while_the_fleet_is_exchanged(
             assert all(result.group is not None for result in results)
             assert [row.address for row in executor.engine.statistics()] == [*fleet.addresses[1:]]
             assert all(row.requests for row in executor.engine.statistics())
-            assert executor.engine.failovers == 0
+            assert executor.engine.totals().failovers == 0
         with pytest.raises(RolloutClosed):
             executor.set_server_cap(fleet.addresses[1], 1)
         with pytest.raises(RolloutClosed):
