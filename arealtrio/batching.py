@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -94,14 +94,23 @@ class BatchStream:
     Args:
         loader: The data loader; ``iter`` is called once.
         order: Of all permits.
+        size: Groups in a batch.
+        charge: Takes one place from the staleness budget for good.
     """
 
-    def __init__(self, loader: DataLoader, order: PermitOrder) -> None:
+    def __init__(
+        self, loader: DataLoader, order: PermitOrder, size: int, charge: Callable[[], None]
+    ) -> None:
         self.feed = LoaderFeed(loader)
-        self.accepted: DeliveryQueue[Group] = DeliveryQueue(order)
+        # Of the batches to come: the accepted groups, and rejected ones that count.
+        self.places: DeliveryQueue[Group | RolloutResult] = DeliveryQueue(order)
         self.unsettled = 0
         self.read_ahead = False  # whether prompts were read since a batch became ready
         self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
+        self.dynamic = False
+        self.rejected = 0  # places that rejected groups have
+        self._size = size
+        self._charge = charge
         self._tasks: dict[str, GroupTask] = {}  # of what is accepted: it may be queued again
 
     @property
@@ -114,13 +123,46 @@ class BatchStream:
         self.unsettled -= 1
         if result.group is not None:
             self._tasks[result.task_id] = task
-            self.accepted.put(result.group)
+            self.places.put(result.group)
         elif result.outcome is not Outcome.CANCELLED:
             self.failures.append(result)
+            self._count_rejected(result)
+
+    def _count_rejected(self, result: RolloutResult) -> None:
+        """Let a rejected group take a place of a dynamic batch, but for the last one.
+
+        The place is charged for at once, before another prompt gets it: charged only when the batch
+        leaves, it would let in a group that counts on one more to leave before it. Without a place
+        for an accepted group no batch would ever leave.
+        """
+        if not self.dynamic or result.outcome is not Outcome.REJECTED:
+            return
+        if self.rejected < self._size - 1:
+            self.rejected += 1
+            self.places.put(result)
+            self._charge()
+
+    def set_dynamic(self, dynamic: bool) -> int:
+        """Say whether rejected groups take places from now on; return how many gave theirs up."""
+        self.dynamic = dynamic
+        return 0 if dynamic else self.give_up_places()
+
+    def give_up_places(self) -> int:
+        """Remove the places that rejected groups have, and return how many there were."""
+        given_up, self.rejected = self.rejected, 0
+        self.places.remove_where(lambda entry: isinstance(entry, RolloutResult))
+        return given_up
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether an accepted group waits."""
+        return len(self.places) > self.rejected
 
     def take(self, count: int) -> list[Group]:
-        """Remove the ``count`` groups that are first to leave."""
-        groups = self.accepted.take(count)
+        """Empty the ``count`` places that are first to leave, and return the groups in them."""
+        taken = self.places.take(count)
+        groups = [entry for entry in taken if isinstance(entry, Group)]
+        self.rejected -= len(taken) - len(groups)
         for group in groups:
             self._tasks.pop(group.task_id, None)
         return groups
@@ -138,8 +180,11 @@ class BatchStream:
         Returns:
             The highest number first. A group that was given back has no task any more.
         """
-        old = self.accepted.take_where(lambda group: is_older(group, oldest))
-        return [(group, self._tasks.pop(group.task_id, None)) for group in reversed(old)]
+        old = self.places.take_where(
+            lambda entry: isinstance(entry, Group) and is_older(entry, oldest)
+        )
+        groups = [entry for entry in reversed(old) if isinstance(entry, Group)]
+        return [(group, self._tasks.pop(group.task_id, None)) for group in groups]
 
     def take_failures(self) -> tuple[RolloutResult, ...]:
         """What settled otherwise since this was last asked."""
@@ -153,9 +198,10 @@ class BatchStream:
             UsageError: With what is still under way.
         """
         if loader is not self.feed.loader:
+            waiting = len(self.places) - self.rejected
             raise UsageError(
                 f"prepare_batch was given another data loader, while {self.unsettled} groups of "
-                f"the last one are under way and {len(self.accepted)} wait to be delivered; "
+                f"the last one are under way and {waiting} wait to be delivered; "
                 "read the last one to its end first"
             )
 

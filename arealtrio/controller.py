@@ -429,6 +429,7 @@ class RolloutController:
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
         group_policy: GroupPolicy | None = None,
+        dynamic_batch_size: bool = False,
     ) -> Batch:
         """Return the next training batch. See ``WorkflowExecutor.prepare_batch``.
 
@@ -440,7 +441,7 @@ class RolloutController:
         arguments = RolloutArguments.of(
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
-        stream = self._ask(lambda executor: executor.stream_of(dataloader))
+        stream = self._ask(lambda executor: executor.stream_of(dataloader, dynamic_batch_size))
         while True:
             step = self._next_step(stream)
             if isinstance(step, Batch):
@@ -478,6 +479,7 @@ class RolloutController:
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
         group_policy: GroupPolicy | None = None,
+        dynamic_batch_size: bool = False,
     ) -> Iterator[Batch]:
         """One epoch of ``prepare_batch``."""
         while True:
@@ -489,6 +491,7 @@ class RolloutController:
                     should_accept_fn,
                     group_size,
                     group_policy,
+                    dynamic_batch_size,
                 )
             except StopIteration:
                 return

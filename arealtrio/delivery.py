@@ -107,6 +107,10 @@ class DeliveryQueue(Generic[T]):
             self._entries[: len(ready)] = kept
         return taken
 
+    def remove_where(self, which: Callable[[T], bool]) -> None:
+        """Remove those entries, of all, for which ``which`` holds."""
+        self._entries = [entry for entry in self._entries if not which(entry)]
+
     def pop_task(self, task_id: str) -> T:
         """Remove the entry of one task, wherever it is in the order."""
         index = next(i for i, entry in enumerate(self._entries) if entry.task_id == task_id)

@@ -369,6 +369,7 @@ class WorkflowExecutor:
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
         group_policy: GroupPolicy | None = None,
+        dynamic_batch_size: bool = False,
     ) -> Batch:
         """Return the next training batch: exactly ``consumer_batch_size`` accepted groups.
 
@@ -376,6 +377,18 @@ class WorkflowExecutor:
         replaced by the next prompt. Arguments may change between calls: they hold for the prompts
         read from then on. At the loader's end the last batch may be short; the call after it
         raises StopAsyncIteration, and the one after that begins the next epoch.
+
+        Args:
+            dataloader: Gives prompts, or lists of prompts.
+            workflow: As for ``submit``; so are the next four.
+            workflow_kwargs: See there.
+            should_accept_fn: See there.
+            group_size: See there.
+            group_policy: See there.
+            dynamic_batch_size: Let a rejected group take its place in the batch instead of being
+                replaced (AReaL's ``dynamic_bs``): the batch leaves once accepted and rejected are
+                ``consumer_batch_size``, with the accepted ones alone, at least one. A step then
+                costs the same generation whatever the filter thinks of it.
 
         Raises:
             StopAsyncIteration: The loader is exhausted, and everything was delivered.
@@ -386,7 +399,7 @@ class WorkflowExecutor:
         arguments = RolloutArguments.of(
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
-        stream = self.stream_of(dataloader)
+        stream = self.stream_of(dataloader, dynamic_batch_size)
         while True:
             step = await self.next_step(stream)
             if isinstance(step, Batch):
@@ -403,14 +416,13 @@ class WorkflowExecutor:
         should_accept_fn: AcceptFunction | str | None = None,
         group_size: int = 1,
         group_policy: GroupPolicy | None = None,
+        dynamic_batch_size: bool = False,
     ) -> Batches:
         """One epoch of ``prepare_batch``: ``async for batch in rollout.batches(…)``."""
-        return Batches(
-            self,
-            (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size, group_policy),
-        )
+        arguments = (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size)
+        return Batches(self, (*arguments, group_policy, dynamic_batch_size))
 
-    def stream_of(self, dataloader: DataLoader) -> BatchStream:
+    def stream_of(self, dataloader: DataLoader, dynamic: bool = False) -> BatchStream:
         """The stream of a data loader: the one under way, or a new epoch.
 
         ``stream_of``, ``next_step`` and ``feed`` are the steps of ``prepare_batch``, apart so that
@@ -418,9 +430,12 @@ class WorkflowExecutor:
         """
         self._check_open()
         if self._stream is None:
-            self._stream = BatchStream(dataloader, self._order)
+            self._stream = BatchStream(
+                dataloader, self._order, self.config.consumer_batch_size, self._charge_place
+            )
             self._stream.failures += self._untold
         self._stream.refuse(dataloader)
+        self._consumed += self._stream.set_dynamic(dynamic)
         return self._stream
 
     def feed(
@@ -437,9 +452,9 @@ class WorkflowExecutor:
         return await self._wait_until(lambda: self._step(stream))
 
     def _step(self, stream: BatchStream) -> Batch | int | None:
-        size = self.config.consumer_batch_size
         self._discard_outdated(self.get_version())
-        ready = stream.accepted.ready >= size
+        size = self.config.consumer_batch_size
+        ready = stream.places.ready >= size
         if not ready and self._failures.spent:
             raise self._failures.take_error()
         wanted = self._prompts_wanted(stream)
@@ -451,9 +466,9 @@ class WorkflowExecutor:
         if ready:
             return self._release(stream, size)
         if stream.ended:
-            if not stream.accepted:
+            if not stream.has_groups:
                 return self._end_stream(stream)
-            return self._release(stream, stream.accepted.ready)
+            return self._release(stream, stream.places.ready)
         self._admission.check_budget()
         return None
 
@@ -465,6 +480,7 @@ class WorkflowExecutor:
 
     def _end_stream(self, stream: BatchStream) -> Batch:
         """End an epoch with an empty batch. What failed since the last one is told in the next."""
+        self._consumed += stream.give_up_places()
         self._stream, self._untold = None, stream.take_failures()
         return Batch(groups=(), version=self.get_version())
 
@@ -472,6 +488,7 @@ class WorkflowExecutor:
         stream.read_ahead = False
         groups = stream.take(count)
         self._consume(groups)
+        self._consumed += count - len(groups)  # charged for when they were rejected
         shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
         return Batch(groups=shuffled, version=self.get_version(), failures=stream.take_failures())
 
@@ -479,7 +496,7 @@ class WorkflowExecutor:
         """Return a batch that did not reach its consumer; the next call delivers it again."""
         if self._stream is not None:
             for group in batch.groups:
-                self._stream.accepted.put(group)
+                self._stream.places.put(group)
             self._stream.failures[:0] = batch.failures
             self._consumed -= len(batch.groups)
             self._waiting.notify()
@@ -710,6 +727,11 @@ class WorkflowExecutor:
         """
         self._check_open()
         return self.engine.offloaded(keep_weights=keep_weights, drain=drain)
+
+    def _charge_place(self) -> None:
+        """Charge the budget for one place that a rejected group takes in a batch."""
+        if self._is_bounded:
+            self.staleness_manager.charge(1)
 
     def _charge_for(self, version: int) -> None:
         """Charge the budget for version steps that consumed less than a batch each.

@@ -64,6 +64,7 @@ class Scenario:
     think_s: float = 0.0
     flaky: float = 0.0
     group_policy: GroupPolicy | None = None
+    dynamic_batch_size: bool = False
     max_requeues: int = 2
     max_running: int = MAX_RUNNING
 
@@ -218,6 +219,7 @@ class Run:
             should_accept_fn=self.workflow.should_accept,
             group_size=self.scenario.group_size,
             group_policy=self.scenario.group_policy,
+            dynamic_batch_size=self.scenario.dynamic_batch_size,
         )
         self.report.batches.append(batch)
         self.check()

@@ -523,7 +523,7 @@ def test_arguments_are_resolved_once() -> None:
 
 def test_a_stream_is_of_one_loader() -> None:
     loader = prompt_list(1)
-    stream = BatchStream(loader, PermitOrder(in_order=True))
+    stream = BatchStream(loader, PermitOrder(in_order=True), 1, lambda: None)
     stream.refuse(loader)
     with pytest.raises(UsageError, match="another data loader"):
         stream.refuse(prompt_list(1))
