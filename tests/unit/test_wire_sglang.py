@@ -171,7 +171,8 @@ def test_load_before_the_first_request_is_done() -> None:
 def test_load_says_how_full_the_cache_is_and_who_had_to_leave_it() -> None:
     page = (
         b"sglang:num_running_reqs{} 2.0\nsglang:num_queue_reqs{} 1.0\n"
-        b'sglang:token_usage{tp="0"} 0.5\nsglang:token_usage{tp="1"} 0.96\nsglang:num_retracted_reqs{} 3.0\n'
+        b'sglang:token_usage{tp="0"} 0.5\nsglang:token_usage{tp="1"} 0.96\n'
+        b"sglang:num_retracted_reqs{} 3.0\n"
     )
     load = DIALECT.parse_load(HttpResponse(200, {}, page))
     assert load == ServerLoad(
