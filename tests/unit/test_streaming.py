@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -339,3 +340,77 @@ async def test_each_token_is_streamed_once_however_often_servers_die() -> None:
         check_undisturbed(response)
         assert [len(q["token_ids"]) for _, q in transport.streams] == [5, 6, 7, 8]
         check_totals(engine.totals(), tokens_generated=4, tokens_lost=0, tokens_regenerated=0)
+
+
+# --- over real sockets --------------------------------------------------------------------------
+
+
+class Silent:
+    """A server whose first stream brings so many tokens and no more; those after it are whole."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.asked: list[int] = []  # how many ids each question held
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        data = b""
+        async for piece in stream:
+            data += piece
+            head, found, body = data.partition(b"\r\n\r\n")
+            if found and len(body) >= length_of(head):
+                data = b""
+                await self.answer(stream, head.split()[1], body)
+
+    async def answer(self, stream: trio.SocketStream, path: bytes, body: bytes) -> None:
+        if path == b"/v1/models":
+            await stream.send_all(plain(b'{"data":[{"id":"m"}]}'))
+        elif path == b"/inference/v1/generate" and not body:
+            await stream.send_all(plain(b"", 405))
+        elif path == b"/inference/v1/generate":
+            await self.stream(stream, json.loads(body))
+        elif path == b"/health" or b"abort" in path:
+            await stream.send_all(plain(b""))
+        else:
+            await stream.send_all(plain(b"{}", 404))
+
+    async def stream(self, stream: trio.SocketStream, question: dict[str, Any]) -> None:
+        self.asked.append(len(question["token_ids"]))
+        head = (
+            b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+        )
+        events = [event for event in whole(question) if isinstance(event, bytes)]
+        sent = events[: self.tokens] if len(self.asked) == 1 else events
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in sent)
+        ending = b"0\r\n\r\n" if sent is events else b""
+        # With nothing to say, not even the head is sent.
+        await stream.send_all(head + b"\r\n" + chunks + ending if sent else b"")
+
+
+def length_of(head: bytes) -> int:
+    _, found, rest = head.lower().partition(b"content-length:")
+    return int(rest.split(b"\r\n")[0]) if found else 0
+
+
+def plain(body: bytes, status: int = 200) -> bytes:
+    return b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limits"),
+    [(2, {"idle_timeout_s": 0.1}), (0, {"first_byte_timeout_s": 0.1})],
+    ids=["idle", "first byte"],
+)
+async def test_a_server_that_falls_silent_is_left_with_what_it_sent(
+    tokens: int, limits: dict[str, Any]
+) -> None:
+    server = Silent(tokens)
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, server.serve, 0)
+        port = listeners[0].socket.getsockname()[1]
+        config = RolloutConfig(servers=[f"http://127.0.0.1:{port}"], streaming=True, **limits)
+        async with open_engine(config) as engine:
+            response = await engine.agenerate(ModelRequest(PROMPT, FOUR))
+            check_undisturbed(response)
+            assert server.asked == [5, 5 + tokens]
+            check_totals(engine.totals(), failovers=1, tokens_kept=tokens, aborts_sent=1)
+        nursery.cancel_scope.cancel()
