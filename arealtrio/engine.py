@@ -13,7 +13,6 @@ import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-import numpy as np
 import trio
 
 from .affinity import Affinity
@@ -31,7 +30,8 @@ from .lora import unload_retired
 from .memory import Memory
 from .ordering import Origin
 from .pressure import relieve_pressure
-from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerState, ServerStatistics
+from .provenance import versions_of
+from .servers import Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
 from .tally import EngineStatistics, Tally
 from .transport import HttpTransport, Transport, ensure_descriptors, trust
@@ -45,7 +45,7 @@ from .types import (
     PauseMode,
 )
 from .waiting import background
-from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, StreamParser, VersionSpan
+from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, StreamParser
 from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
 
@@ -255,7 +255,7 @@ class RemoteEngine:
         self, generation: Generation, lease: Lease, segment: SegmentRequest, answer: SegmentResponse
     ) -> None:
         """Append an answer to its generation, or raise ProtocolError and change nothing."""
-        versions, exact = self._versions(lease, answer)
+        versions, exact = versions_of(self.pool, lease, answer)
         generation.take(lease.server.address, segment, answer, versions, exact)
         self._tally.tokens_generated += len(answer.token_ids)
         self._tally.tokens_regenerated += generation.made_again(len(answer.token_ids))
@@ -374,58 +374,6 @@ class RemoteEngine:
                 await self.pool.control(lease.server, request, self.config.abort_timeout_s)
             except RolloutError:
                 return
-
-    def _versions(self, lease: Lease, answer: SegmentResponse) -> tuple[Int32Array, bool]:
-        """The version of each token of an answer, and whether they are known.
-
-        The server's own spans win, but for a request with an adapter: it keeps the one it named,
-        while the label, and so the spans, follow the newest. Without spans the version pinned when
-        the lease was granted stands, exact unless an update landed on that server since.
-        """
-        count = len(answer.token_ids)
-        if lease.adapter_version is not None:
-            exact = lease.server.base_version == lease.base_version
-            return np.full(count, lease.adapter_version, dtype=np.int32), exact
-        if answer.versions is None:
-            exact = lease.server.version == lease.version
-            return np.full(count, lease.version, dtype=np.int32), exact
-        versions = np.full(count, lease.version, dtype=np.int32)
-        exact = True
-        self._check_belief(lease, answer.versions)
-        for span in answer.versions:
-            if span.version is None:
-                exact = False
-                continue
-            self._check_span(lease, span)
-            versions[span.start : span.end] = span.version
-        return versions, exact
-
-    def _check_belief(self, lease: Lease, spans: Sequence[VersionSpan]) -> None:
-        """Take a server out whose last tokens are of other weights than the pool believes it has.
-
-        It restarted, or somebody else updates it. What else it is working on is lost as well. An
-        update that lands while the answer is on its way moves the belief from the lease's version
-        to what the server was told. One that takes no label says what it likes.
-        """
-        server = lease.server
-        if not spans or not server.labelled:
-            return
-        bounds = (lease.version, server.version, server.told)
-        if spans[-1].version not in range(min(bounds), max(bounds) + 1):
-            words = f"it reports version {spans[-1].version}, not {server.version}"
-            if server.state in IN_SERVICE:
-                self.pool.mark_stale(server, words)
-                self.pool.cut_off(server)
-            raise ProtocolError(f"{server.address}: {words}; its tokens are dropped")
-
-    def _check_span(self, lease: Lease, span: VersionSpan) -> None:
-        version = span.version or 0
-        if version > self.pool.newest_told:
-            raise ProtocolError(
-                f"{lease.server.address} reports tokens of version {version}, but no server was "
-                f"told to load anything beyond {self.pool.newest_told}: does another trainer "
-                "update it?"
-            )
 
     def _check_interruptions(self, generation: Generation) -> None:
         generation.interruptions += 1

@@ -32,7 +32,7 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("generation", "lora", "memory", "pressure", "supervision"),
+    ("generation", "lora", "memory", "pressure", "provenance", "supervision"),
     ("servers",),
     ("adapters", "leases"),
     ("ordering", "scheduling", "transport", "wire"),

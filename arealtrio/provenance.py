@@ -1,0 +1,70 @@
+"""Which weights made which token: what a server reports, held to what the pool believes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import ProtocolError
+from .servers import IN_SERVICE, Lease, ServerPool
+from .types import Int32Array
+from .wire.dialect import SegmentResponse, VersionSpan
+
+
+def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tuple[Int32Array, bool]:
+    """The version of each token of an answer, and whether they are known.
+
+    The server's own spans win, but for a request with an adapter: it keeps the one it named,
+    while the label, and so the spans, follow the newest. Without spans the version pinned when
+    the lease was granted stands, exact unless an update landed on that server since.
+
+    Raises:
+        ProtocolError: If the server reports weights that nobody told it to load.
+    """
+    count = len(answer.token_ids)
+    if lease.adapter_version is not None:
+        exact = lease.server.base_version == lease.base_version
+        return np.full(count, lease.adapter_version, dtype=np.int32), exact
+    if answer.versions is None:
+        exact = lease.server.version == lease.version
+        return np.full(count, lease.version, dtype=np.int32), exact
+    versions = np.full(count, lease.version, dtype=np.int32)
+    exact = True
+    _check_belief(pool, lease, answer.versions)
+    for span in answer.versions:
+        if span.version is None:
+            exact = False
+            continue
+        _check_span(pool, lease, span)
+        versions[span.start : span.end] = span.version
+    return versions, exact
+
+
+def _check_belief(pool: ServerPool, lease: Lease, spans: Sequence[VersionSpan]) -> None:
+    """Take a server out whose last tokens are of other weights than the pool believes it has.
+
+    It restarted, or somebody else updates it. What else it is working on is lost as well. An
+    update that lands while the answer is on its way moves the belief from the lease's version
+    to what the server was told. One that takes no label says what it likes.
+    """
+    server = lease.server
+    if not spans or not server.labelled:
+        return
+    bounds = (lease.version, server.version, server.told)
+    if spans[-1].version not in range(min(bounds), max(bounds) + 1):
+        words = f"it reports version {spans[-1].version}, not {server.version}"
+        if server.state in IN_SERVICE:
+            pool.mark_stale(server, words)
+            pool.cut_off(server)
+        raise ProtocolError(f"{server.address}: {words}; its tokens are dropped")
+
+
+def _check_span(pool: ServerPool, lease: Lease, span: VersionSpan) -> None:
+    version = span.version or 0
+    if version > pool.newest_told:
+        raise ProtocolError(
+            f"{lease.server.address} reports tokens of version {version}, but no server was "
+            f"told to load anything beyond {pool.newest_told}: does another trainer "
+            "update it?"
+        )
