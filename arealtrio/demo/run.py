@@ -126,6 +126,8 @@ def _config(options: DemoOptions, urls: Sequence[str]) -> RolloutConfig:
         consumer_batch_size=options.batch_size,
         max_staleness=options.max_staleness,
         seed=options.seed,
+        # The servers, and the trainer's numpy, compete for this machine: a short wait says nothing.
+        slow_step_warning_s=5.0,
         min_updated=options.servers,  # a lost server ends the demo: nothing here would replace it
     )
 

