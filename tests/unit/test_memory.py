@@ -1,0 +1,251 @@
+"""Servers that sleep while the trainer uses their GPUs, of both dialects, over sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from arealtrio.config import RolloutConfig
+from arealtrio.controller import RolloutController
+from arealtrio.engine import RemoteEngine
+from arealtrio.errors import ConnectFailed, TransportError, UsageError
+from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
+from arealtrio.weights import WeightUpdate, update_weights
+
+from .embedded_server import PROMPT, VOCAB_SIZE
+from .observed import Observed, observed_engine, running_servers
+
+both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+ENDLESS = GenerationHyperparameters(max_new_tokens=300, ignore_eos=True, greedy=True)
+SLEEP = {"vllm": "/sleep?level=1", "sglang": "/release_memory_occupation"}
+WAKE = {"vllm": "/wake_up", "sglang": "/resume_memory_occupation"}
+FRAGILE: dict[str, dict[str, Any]] = {"vllm": {}, "sglang": {"fragile": True}}
+
+
+def states(engine: RemoteEngine) -> list[str]:
+    return [row.state for row in engine.statistics()]
+
+
+def slept(seen: Observed, url: str, dialect: str) -> int:
+    return seen.paths(url).count(SLEEP[dialect])
+
+
+def woken(seen: Observed, url: str, dialect: str) -> int:
+    return sum(path.startswith(WAKE[dialect]) for path in seen.paths(url))
+
+
+def disk(seen: Observed, version: int) -> WeightUpdate:
+    return WeightUpdate.from_disk(seen.weights[2], version)
+
+
+@both_dialects
+async def test_generations_wait_while_the_trainer_trains_and_go_on_with_its_weights(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast: dict[str, Any] = {"token_time_s": 0.001, **FRAGILE[dialect]}
+    async with observed_engine(tmp_path, monkeypatch, dialect, **fast) as (engine, seen):
+        answers: list[ModelResponse] = []
+
+        async def generate() -> None:
+            answers.append(await engine.agenerate(ModelRequest(PROMPT, ENDLESS)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(generate)
+            for watch in seen.watches.values():
+                await watch.until(lambda scheduler: bool(scheduler.running))
+            async with engine.offloaded() as failed:
+                assert not failed
+                assert not answers
+                for server in seen.servers.values():
+                    assert not server.scheduler.running
+                assert states(engine) == ["paused", "paused"]
+                await update_weights(engine.pool, disk(seen, 1))
+                assert states(engine) == ["paused", "paused"]
+                assert not answers
+            assert states(engine) == ["ready", "ready"]
+        for answer in answers:
+            assert answer.output_len == 300
+            assert answer.output_versions[-1] == 1
+            assert answer.versions_exact
+        for url in seen.urls:
+            assert slept(seen, url, dialect) == 1
+            assert woken(seen, url, dialect) == len(engine.pool.dialect.memory_tags)
+
+
+@both_dialects
+async def test_the_weights_wake_before_the_update_and_the_cache_after_it(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1, **FRAGILE[dialect]) as (
+        engine,
+        seen,
+    ):
+        seen.forget()
+        async with engine.offloaded():
+            await update_weights(engine.pool, disk(seen, 1))
+        load = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}[dialect]
+        paths = seen.paths(seen.urls[0])
+        wakes = [i for i, path in enumerate(paths) if path.startswith(WAKE[dialect])]
+        assert paths.index(SLEEP[dialect]) < wakes[0] < paths.index(load) < wakes[1]
+        resume = {"vllm": "/resume", "sglang": "/continue_generation"}[dialect]
+        assert paths[-1] == resume
+        assert (await engine.agenerate(ModelRequest(PROMPT))).output_versions[0] == 1
+
+
+@both_dialects
+async def test_nothing_is_released_or_woken_twice(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1, **FRAGILE[dialect]) as (
+        engine,
+        seen,
+    ):
+        assert not await engine.onload()  # nothing sleeps
+        assert not await engine.offload()
+        assert not await engine.offload()
+        assert engine.memory.is_lent
+        await engine.onload(["weights"])
+        await engine.onload(["weights"])
+        assert engine.memory.is_lent
+        await update_weights(engine.pool, disk(seen, 1))
+        await engine.onload()
+        await engine.onload()
+        assert not engine.memory.is_lent
+        assert states(engine) == ["ready"]
+        assert slept(seen, seen.urls[0], dialect) == 1
+        assert woken(seen, seen.urls[0], dialect) == len(engine.pool.dialect.memory_tags)
+        with pytest.raises(UsageError, match="curtains"):
+            await engine.onload(["curtains"])
+
+
+@both_dialects
+async def test_what_sleeps_is_woken_when_training_fails_and_at_the_end(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1) as (engine, seen):
+        with trio.move_on_after(30) as scope:
+            async with engine.offloaded():
+                scope.cancel()
+                await trio.sleep_forever()
+        assert not engine.memory.is_lent
+        assert woken(seen, seen.urls[0], dialect) == len(engine.pool.dialect.memory_tags)
+        seen.forget()
+        await engine.offload()
+    assert woken(seen, seen.urls[0], dialect) == len(engine.pool.dialect.memory_tags)
+
+
+async def test_a_cancelled_offload_wakes_what_it_had_put_to_sleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, "vllm") as (engine, seen):
+        reached = trio.Event()
+
+        async def hold(url: str, request: HttpRequest) -> None:
+            if request.path.startswith("/sleep") and url == seen.urls[1]:
+                reached.set()
+                await trio.sleep_forever()
+
+        seen.transport.hook = hold
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.offload)
+            await reached.wait()
+            nursery.cancel_scope.cancel()
+        assert not engine.memory.is_lent
+        assert states(engine) == ["ready", "ready"]
+        assert woken(seen, seen.urls[0], "vllm") == 2
+        assert len((await engine.agenerate(ModelRequest(PROMPT))).output_tokens)
+
+
+@both_dialects
+@pytest.mark.parametrize("error", [ConnectFailed, TransportError])
+async def test_a_server_that_does_not_sleep_is_named(
+    error: Callable[[str], Exception],
+    dialect: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, seen):
+        bad = seen.urls[1]
+
+        async def lost(url: str, request: HttpRequest) -> None:
+            if url == bad and request.path == SLEEP[dialect]:
+                raise error("lost")
+
+        seen.transport.hook = lost
+        async with engine.offloaded() as failed:
+            assert list(failed) == [bad]
+        not_sent = error is ConnectFailed
+        assert bool(woken(seen, bad, dialect)) is not not_sent
+        if not_sent:
+            assert states(engine)[1] == "ready"
+
+
+async def test_weights_that_do_not_survive_are_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"probe_interval_s": 0.02}
+    async with observed_engine(tmp_path, monkeypatch, "sglang", 1, config) as (engine, seen):
+        await update_weights(engine.pool, disk(seen, 1))
+        seen.forget()
+        async with engine.offloaded():
+            assert states(engine) == ["paused"]
+        assert states(engine) == ["stale"]
+        with trio.fail_after(5):
+            await engine.pool.wait_ready(5)
+        assert "/update_weights_from_disk" in seen.paths(seen.urls[0]), (
+            "the update was not repeated"
+        )
+        assert (await engine.agenerate(ModelRequest(PROMPT))).output_versions[0] == 1
+
+
+async def test_what_runs_may_finish_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    penalised = GenerationHyperparameters(
+        max_new_tokens=100, ignore_eos=True, frequency_penalty=1.0
+    )
+    async with observed_engine(tmp_path, monkeypatch, "vllm", 1, token_time_s=0.001) as (
+        engine,
+        seen,
+    ):
+        answers: list[ModelResponse] = []
+
+        async def generate() -> None:
+            answers.append(await engine.agenerate(ModelRequest(PROMPT, penalised)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate)
+            (watch,) = seen.watches.values()
+            await watch.until(lambda scheduler: bool(scheduler.running))
+            async with engine.offloaded(drain=True):
+                assert len(answers) == 1
+        assert answers[0].output_len == 100
+        assert len(answers[0].segments) == 1
+
+
+@both_dialects
+async def test_a_trainers_thread_borrows_the_memory(
+    dialect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_servers(tmp_path, monkeypatch, dialect) as seen:
+        await trio.to_thread.run_sync(train_in_a_thread, dialect, seen)
+
+
+def train_in_a_thread(dialect: Any, seen: Observed) -> None:
+    config = RolloutConfig(
+        servers=seen.urls, backend=dialect, vocab_size=VOCAB_SIZE,
+        max_concurrent_rollouts=4, consumer_batch_size=1,
+    )  # fmt: skip
+    with RolloutController(config) as rollout:
+        with rollout.offloaded() as failed:
+            assert not failed
+            assert {row.state for row in rollout.statistics()} == {"paused"}
+            rollout.update_weights(disk(seen, 1))
+        assert {row.state for row in rollout.statistics()} == {"ready"}
+        assert not rollout.offload()
+        rollout.update_weights(disk(seen, 2))
+        assert not rollout.onload()
+        assert {row.state for row in rollout.statistics()} == {"ready"}
