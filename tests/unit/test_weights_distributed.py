@@ -67,8 +67,8 @@ def test_ranks_and_world_are_those_of_areal() -> None:
 
 @pytest.mark.parametrize("wrong", [{"tp_size": 0}, {"master_port": 0}, {"pp_rank": 1}])
 def test_a_group_that_can_not_be_is_refused(wrong: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"master_address": "h", "master_port": 1}
     with pytest.raises(UsageError):
-        right: dict[str, Any] = {"master_address": "h", "master_port": 1}
         WeightsGroup(**(right | wrong))
 
 
