@@ -128,6 +128,8 @@ class RolloutConfig:
             decode steps.
         setup_timeout_s: Until all servers answer at the start.
         close_timeout_s: For running rollouts to leave when the executor closes.
+        stall_warning_s: With rollouts unsettled and none settled for so long, a table of what each
+            does is logged. Choose it above your longest answer.
         slow_step_warning_s: User code that keeps the event loop for longer is named in a warning.
         response_size_bytes: Answers above this are refused.
         min_updated: Servers that must take a weight update for the version to advance; the others
@@ -181,6 +183,7 @@ class RolloutConfig:
     pressure_interval_s: float = 2.0
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
+    stall_warning_s: float = 300.0
     slow_step_warning_s: float = 0.05
     response_size_bytes: int = 256 * 2**20
     min_updated: int = 1

@@ -29,6 +29,7 @@ from .groups import AcceptFunction, WorkflowLike
 from .loader import Prompt
 from .servers import ServerStatistics
 from .settlement import RolloutResult
+from .status import ExecutorStatus
 from .trajectory import Batch
 from .transport import Transport
 from .types import PauseMode
@@ -629,6 +630,10 @@ class RolloutController:
     def statistics(self) -> tuple[ServerStatistics, ...]:
         """Every server's numbers at this moment."""
         return self._ask(lambda executor: executor.engine.statistics())
+
+    def status(self) -> ExecutorStatus:
+        """Why am I waiting: ``print(rollout.status())``. See ``WorkflowExecutor.status``."""
+        return self._ask(lambda executor: executor.status())
 
     def rollout_counts(self) -> Mapping[str, int]:
         """Training groups by where they are: submitted, queued, running, and each outcome."""

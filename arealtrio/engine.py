@@ -25,7 +25,7 @@ from .errors import (
     ServerError,
     TransportError,
 )
-from .generation import Generation
+from .generation import Generation, Progress
 from .lora import unload_retired
 from .memory import Memory
 from .ordering import Origin
@@ -114,6 +114,7 @@ class RemoteEngine:
         min_version: int = 0,
         prompt_id: str | None = None,
         session: str | None = None,
+        progress: Progress | None = None,
     ) -> ModelResponse:
         """Generate one answer.
 
@@ -132,6 +133,7 @@ class RemoteEngine:
             prompt_id: Of the rollout's prompt, the same in every epoch; None takes the request's
                 ``session``. It matters to ``queue_order="longest_expected"`` alone.
             session: For a request that names none.
+            progress: Is told of it while it runs.
 
         Returns:
             Tokens, logprobs and versions of one length.
@@ -146,12 +148,18 @@ class RemoteEngine:
         generation = self._plan(request, origin, request.session or session)
         started = trio.current_time()
         setbacks = 0  # fail-overs since it last got an answer
-        while not generation.finished:
-            before = generation.failovers
-            await self._run_segment(generation)
-            setbacks = setbacks + 1 if generation.failovers > before else 0
-            if setbacks > 1:  # not at once again: what is wrong may be wrong everywhere
-                await trio.sleep(self._backoff_s(setbacks))
+        progress = progress or Progress()
+        progress.began(generation)
+        try:
+            while not generation.finished:
+                before = generation.failovers
+                await self._run_segment(generation)
+                generation.lease = generation.arrived = None
+                setbacks = setbacks + 1 if generation.failovers > before else 0
+                if setbacks > 1:  # not at once again: what is wrong may be wrong everywhere
+                    await trio.sleep(self._backoff_s(setbacks))
+        finally:
+            progress.ended(generation)
         self.pool.answered(generation.origin, generation.count)
         return generation.response(latency_s=trio.current_time() - started)
 
@@ -234,6 +242,7 @@ class RemoteEngine:
                 self._affinity.settle(generation.session, lease.server.address)
             segment = generation.next_segment(self.config, lease, adapter)
             arrived = self._parser_for(lease.server)
+            generation.lease, generation.arrived = lease, arrived
             try:
                 self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
             except (TransportError, ServerError, ProtocolError) as exc:

@@ -13,7 +13,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -52,11 +51,14 @@ from .groups import (
 )
 from .loader import Prompt
 from .results import ResultPool
+from .rollout_engine import RolloutEngine
 from .settlement import Failure, RolloutCounts, RolloutResult, classify
 from .staleness import StalenessManager
+from .stall import StallAlarm
+from .status import AdmissionStatus, ExecutorStatus, members_of
 from .trajectory import Batch, Group
 from .transport import Transport
-from .types import FailureKind, ModelRequest, ModelResponse, Outcome
+from .types import FailureKind, Outcome
 from .waiting import WaitList, crash_of, time_limit
 from .watch import watch_slow_steps
 from .weights import (
@@ -68,40 +70,6 @@ from .weights import (
 )
 
 T = TypeVar("T")
-
-
-class RolloutEngine:
-    """The engine as one rollout sees it: no server older than the rollout's permit.
-
-    Args:
-        engine: What really generates.
-        min_version: The version of the permit; 0 where there is none.
-        prompt_id: Of the rollout's prompt.
-        session: Of requests that name none: the members of a group share their prompt.
-    """
-
-    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session")
-
-    def __init__(
-        self, engine: RemoteEngine, min_version: int, prompt_id: str, session: str
-    ) -> None:
-        self._engine = engine
-        self._min_version = min_version
-        self._prompt_id = prompt_id
-        self._session = session
-
-    def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:
-        """See ``RemoteEngine.agenerate``: this is its coroutine, with no frame around it."""
-        return self._engine.agenerate(
-            request,
-            min_version=self._min_version,
-            prompt_id=self._prompt_id,
-            session=self._session,
-        )
-
-    def get_version(self) -> int:
-        """The version that every server in service has."""
-        return self._engine.get_version()
 
 
 class WorkflowExecutor:
@@ -153,6 +121,8 @@ class WorkflowExecutor:
         )
         self._shuffle = np.random.default_rng(config.seed)
         self._closed = False
+        self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
+        nursery.start_soon(self._alarm.run, name="stall alarm")
         self._is_bounded = config.straggler_policy != "keep"
 
     @property
@@ -507,6 +477,7 @@ class WorkflowExecutor:
         for group in groups:
             self._live[group.task_id] = group
             self._admission.enqueue(group)
+            self._alarm.arm()
         self._pump()
 
     def _pump(self) -> None:
@@ -528,7 +499,9 @@ class WorkflowExecutor:
         try:
             with scope:
                 version = group.permit.version if group.permit else 0
-                engine = RolloutEngine(self.engine, version, group.prompt_id, group.task_id)
+                engine = group.engines[index] = RolloutEngine(
+                    self.engine, version, group.prompt_id, group.task_id, trio.current_time()
+                )
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:
@@ -569,6 +542,10 @@ class WorkflowExecutor:
         self._count_failure(group, verdict)
         self._admission.settled(group, verdict.outcome)
         del self._live[group.task_id]
+        if self._live:
+            self._alarm.wind_up()
+        else:
+            self._alarm.stop()
         result = RolloutResult(
             task_id=group.task_id,
             prompt_id=group.prompt_id,
@@ -798,6 +775,27 @@ class WorkflowExecutor:
     def get_capacity(self) -> int:
         """How many groups admission would let start now (AReaL's formula; may be negative)."""
         return self.staleness_manager.get_capacity()
+
+    def status(self) -> ExecutorStatus:
+        """Why am I waiting: what every unsettled rollout does, and what blocks admission.
+
+        ``str`` of it is a table. It is also logged, as a warning of the logger ``arealtrio``, when
+        nothing settled for ``stall_warning_s``.
+        """
+        admission = self._admission
+        return ExecutorStatus(
+            members=members_of(self._live.values(), trio.current_time()),
+            admission=AdmissionStatus(
+                queued=admission.queued,
+                running_members=admission.running_members,
+                concurrency=admission.concurrency,
+                staleness_capacity=self.staleness_manager.get_budget(),
+                version=self.get_version(),
+                paused=admission.paused,
+                servers_in_service=len(self.engine.pool.in_service),
+            ),
+            quiet_s=self._alarm.quiet_s(),
+        )
 
     def pause(self) -> None:
         """Start no further training rollout. What runs goes on, and evaluation too."""

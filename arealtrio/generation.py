@@ -24,7 +24,7 @@ from .types import (
     Segment,
     StopReason,
 )
-from .wire.dialect import SegmentRequest, SegmentResponse
+from .wire.dialect import SegmentRequest, SegmentResponse, StreamParser
 
 Scalar = TypeVar("Scalar", np.int32, np.float32)
 
@@ -58,6 +58,8 @@ class Generation:
         server: Where it last ran well; None before.
         failed_on: The server that failed it last.
         redo: Tokens that a failed server may have made and that are not there.
+        lease: Of the segment under way; None while it waits for a server.
+        arrived: Where that segment's tokens are collected, if they are streamed.
     """
 
     request: ModelRequest
@@ -71,6 +73,8 @@ class Generation:
     failovers: int = 0
     failed_on: frozenset[str] = frozenset()
     redo: int = 0
+    lease: Lease | None = None
+    arrived: StreamParser | None = None
     stop_reason: StopReason = "abort"
     ended: bool = False
     exact: bool = True
@@ -176,6 +180,44 @@ class Generation:
             segments=tuple(self.segments),
             latency_s=latency_s,
             wait_s=self.wait_s,
+        )
+
+
+class Progress:
+    """What the generations of one rollout have come to, for whoever asks while they run."""
+
+    __slots__ = ("_running", "_tokens")
+
+    def __init__(self) -> None:
+        self._running: list[Generation] = []
+        self._tokens = 0  # of those that ended
+
+    def began(self, generation: Generation) -> None:
+        """One runs."""
+        self._running.append(generation)
+
+    def ended(self, generation: Generation) -> None:
+        """One ended, however."""
+        self._running.remove(generation)
+        self._tokens += generation.count
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one runs."""
+        return bool(self._running)
+
+    @property
+    def lease(self) -> Lease | None:
+        """Of the youngest that has a server."""
+        leases = (running.lease for running in reversed(self._running))
+        return next((lease for lease in leases if lease is not None), None)
+
+    @property
+    def tokens(self) -> int:
+        """Made so far, those that streamed in included."""
+        return self._tokens + sum(
+            running.count + (running.arrived.count if running.arrived else 0)
+            for running in self._running
         )
 
 

@@ -14,6 +14,7 @@ import trio
 from .errors import UsageError, WorkflowError
 from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
+from .rollout_engine import RolloutEngine
 from .rows import rows_from_result
 from .settlement import Failure, RolloutResult, classify
 from .staleness import Permit
@@ -88,6 +89,7 @@ class GroupTask:
     requeued: int = 0  # times that it went back into the queue, without
     to_start: deque[int] = field(init=False)  # indices of members
     running: dict[int, trio.CancelScope] = field(default_factory=dict)
+    engines: dict[int, RolloutEngine] = field(default_factory=dict)  # of those that run
     rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
     member_failures: list[Failure] = field(default_factory=list)
 
@@ -132,6 +134,7 @@ class GroupTask:
     def member_ended(self, index: int, verdict: Verdict) -> None:
         """Count a member as ended; one that did not succeed is the policy's business."""
         del self.running[index]
+        self.engines.pop(index, None)
         if verdict.outcome is Outcome.ACCEPTED or self.stopped:
             return
         if verdict.failure is not None:

@@ -243,6 +243,14 @@ class StalenessManager:
         self._counters.set_version(self.version_provider.get_version())
         return self._counters.capacity
 
+    def get_budget(self) -> int:
+        """Return how many may start before the next version, were there no limit of running ones.
+
+        The second term of the capacity; negative where limits or version went down.
+        """
+        self._counters.set_version(self.version_provider.get_version())
+        return self._counters.slack
+
     def try_submit(self) -> Permit | None:
         """Start one rollout if the capacity allows, as one step with the check.
 

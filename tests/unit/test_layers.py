@@ -25,9 +25,9 @@ TOP = (
     ("demo",),
     ("controller",),
     ("executor",),
-    ("admission", "batching", "results"),
+    ("admission", "batching", "results", "status"),
     ("groups",),
-    ("delivery", "failures", "group_policy", "loader", "settlement"),
+    ("delivery", "failures", "group_policy", "loader", "rollout_engine", "settlement"),
 )
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
@@ -45,7 +45,7 @@ DATA_WING = (
 )
 # Under both wings.
 FOUNDATION = (
-    ("bridge", "lifetime", "observe", "waiting", "watch"),
+    ("bridge", "lifetime", "observe", "stall", "waiting", "watch"),
     ("config",),
     ("types",),
     ("_core", "errors"),
@@ -74,7 +74,7 @@ DOORS = {
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
         "weights supervision servers pressure leases transport reward workflow observe embedded "
-        "testing watch adapters lora memory"
+        "testing watch stall adapters lora memory"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",

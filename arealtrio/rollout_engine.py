@@ -1,0 +1,56 @@
+"""RolloutEngine: the engine as one rollout sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from .engine import RemoteEngine
+from .generation import Progress
+from .types import ModelRequest, ModelResponse
+
+
+class RolloutEngine:
+    """Generates for one rollout, on no server older than the rollout's permit.
+
+    Args:
+        engine: What really generates.
+        min_version: The version of the permit; 0 where there is none.
+        prompt_id: Of the rollout's prompt.
+        session: Of requests that name none: the members of a group share their prompt.
+        started: When the rollout did, on trio's clock.
+
+    Attributes:
+        progress: Of its generations, for ``status``.
+    """
+
+    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session", "progress", "started")
+
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        min_version: int,
+        prompt_id: str,
+        session: str,
+        started: float = 0.0,
+    ) -> None:
+        self._engine = engine
+        self._min_version = min_version
+        self._prompt_id = prompt_id
+        self._session = session
+        self.started = started
+        self.progress = Progress()
+
+    def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:
+        """See ``RemoteEngine.agenerate``: this is its coroutine, with no frame around it."""
+        return self._engine.agenerate(
+            request,
+            min_version=self._min_version,
+            prompt_id=self._prompt_id,
+            session=self._session,
+            progress=self.progress,
+        )
+
+    def get_version(self) -> int:
+        """The version that every server in service has."""
+        return self._engine.get_version()

@@ -1,0 +1,178 @@
+"""Why am I waiting? What each unsettled rollout does, and what keeps the next from starting."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .groups import GroupTask
+
+LISTED = 40  # members in a printed table; what is oldest comes first
+
+
+class Stage(enum.Enum):
+    """What a rollout that has not settled does."""
+
+    QUEUED = "queued"  # for admission, or for a concurrency slot
+    WAITING = "waiting for a server"
+    GENERATING = "generating"
+    WORKFLOW = "in the workflow"  # its own code, a tool, a reward
+    SETTLING = "settling"  # cancelled, and not gone yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberStatus:
+    """One rollout that has not settled.
+
+    Args:
+        task_id: Of its group.
+        prompt_id: Of the prompt.
+        member_index: In the group.
+        is_eval: Of evaluation.
+        stage: What it does.
+        server: That generates for it now; None in other stages.
+        version: Of that server's weights.
+        age_s: Since it started; 0 while it is queued.
+        tokens: Made so far. Those of the request under way count only where they are streamed.
+    """
+
+    task_id: str
+    prompt_id: str
+    member_index: int
+    is_eval: bool
+    stage: Stage
+    server: str | None = None
+    version: int | None = None
+    age_s: float = 0.0
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.server or ''}" + (f" v{self.version}" if self.server else "")
+        name = f"{self.task_id}[{self.member_index}]{' eval' if self.is_eval else ''}"
+        tokens, stage = f"{self.tokens:8d}", f"{self.stage.value:20}"
+        return f"{name[:21]:21} {stage} {self.age_s:8.1f} {tokens} {where[:19]}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionStatus:
+    """What the next training group waits for.
+
+    Args:
+        queued: Training groups that wait for admission.
+        running_members: Rollouts that have a concurrency slot.
+        concurrency: Slots.
+        staleness_capacity: Groups that could start before the next weight version; at 0 and below
+            none can, and it lacks ``1 - staleness_capacity``.
+        version: The weight version.
+        paused: Whether ``pause`` was called.
+        servers_in_service: Servers that take requests.
+    """
+
+    queued: int
+    running_members: int
+    concurrency: int
+    staleness_capacity: int
+    version: int
+    paused: bool
+    servers_in_service: int
+
+    @property
+    def blocked_by(self) -> tuple[str, ...]:
+        """What keeps the next group from starting, each in a few words; empty if nothing does."""
+        return tuple(self._blocks())
+
+    def _blocks(self) -> Iterator[str]:
+        if not self.queued:
+            yield "queue empty: nothing was submitted or read that has not started"
+        if self.paused:
+            yield "paused: call resume"
+        if self.running_members >= self.concurrency:
+            yield f"concurrency: {self.running_members} of {self.concurrency} rollouts run"
+        if self.staleness_capacity <= 0:
+            lacking = 1 - self.staleness_capacity
+            yield f"staleness: short by {lacking} at version {self.version}; update the weights"
+        if not self.servers_in_service:
+            yield "no server: none is in service"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorStatus:
+    """An executor at one moment. ``str`` gives a table of at most 80 columns.
+
+    Args:
+        members: Every rollout that has not settled, the oldest first.
+        admission: Of the next training group.
+        quiet_s: Since anything settled or, if later, since there was anything to settle.
+    """
+
+    members: tuple[MemberStatus, ...]
+    admission: AdmissionStatus
+    quiet_s: float = 0.0
+
+    def count(self, stage: Stage) -> int:
+        """Rollouts in a stage."""
+        return sum(member.stage is stage for member in self.members)
+
+    def __str__(self) -> str:
+        return "\n".join(line[:80] for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        stages = ", ".join(f"{self.count(stage)} {stage.value}" for stage in Stage)
+        yield f"{len(self.members)} rollouts: {stages}"
+        yield f"nothing settled for {self.quiet_s:.1f} s"
+        for block in self.admission.blocked_by or ("nothing",):
+            yield f"admission is blocked by {block}"
+        started = [member for member in self.members if member.stage is not Stage.QUEUED]
+        if started:
+            yield f"{'rollout':21} {'stage':20} {'age/s':>8} {'tokens':>8} server"
+        yield from map(str, started[:LISTED])
+        if len(started) > LISTED:
+            yield f"… and {len(started) - LISTED} younger ones"
+
+
+def members_of(groups: Iterable[GroupTask], now: float) -> tuple[MemberStatus, ...]:
+    """The status of every unsettled member, the oldest first.
+
+    Args:
+        groups: Queued and running.
+        now: On trio's clock.
+    """
+    found = [status for group in groups for status in _of_group(group, now)]
+    return tuple(sorted(found, key=lambda status: -status.age_s))
+
+
+def _of_group(group: GroupTask, now: float) -> Iterator[MemberStatus]:
+    for index in group.running:
+        yield _of_member(group, index, now)
+    for index in group.to_start:
+        yield MemberStatus(
+            task_id=group.task_id,
+            prompt_id=group.prompt_id,
+            member_index=index,
+            is_eval=group.is_eval,
+            stage=Stage.QUEUED,
+        )
+
+
+def _of_member(group: GroupTask, index: int, now: float) -> MemberStatus:
+    engine = group.engines.get(index)  # none before its first step
+    progress = engine.progress if engine is not None else None
+    lease = progress.lease if progress else None
+    if group.running[index].cancel_called:
+        stage = Stage.SETTLING
+    elif lease is not None:
+        stage = Stage.GENERATING
+    else:
+        stage = Stage.WAITING if progress and progress.under_way else Stage.WORKFLOW
+    return MemberStatus(
+        task_id=group.task_id,
+        prompt_id=group.prompt_id,
+        member_index=index,
+        is_eval=group.is_eval,
+        stage=stage,
+        server=lease.server.address if lease else None,
+        version=lease.server.version if lease else None,
+        age_s=now - engine.started if engine is not None else 0.0,
+        tokens=progress.tokens if progress else 0,
+    )

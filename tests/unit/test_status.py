@@ -1,0 +1,192 @@
+"""Why am I waiting: each stage, each thing that blocks admission, the table, and the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from arealtrio.status import AdmissionStatus, ExecutorStatus, MemberStatus, Stage
+from arealtrio.testing import FixedLengths, SimulatedServerSettings, simulated_executor
+
+from .puppet import Deferred, Generates, Puppet, prompt_list, prompts, settled
+
+Clock = trio.testing.MockClock
+FREE = AdmissionStatus(
+    queued=3,
+    running_members=1,
+    concurrency=2,
+    staleness_capacity=4,
+    version=7,
+    paused=False,
+    servers_in_service=1,
+)
+ONE_SLOT = [SimulatedServerSettings(max_num_seqs=1, token_time_s=0.1)]
+
+
+class Lingers(Puppet):
+    """Takes a second to leave when it is cancelled."""
+
+    async def arun_episode(self, engine: Any, data: Any, /) -> Any:
+        try:
+            return await super().arun_episode(engine, data)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(1)
+
+
+async def test_each_rollout_says_what_it_does(autojump_clock: Clock) -> None:
+    async with simulated_executor(
+        servers=ONE_SLOT,
+        lengths=FixedLengths(100),
+        consumer_batch_size=8,
+        max_concurrent_rollouts=4,
+        rollout_timeout_s=5,
+    ) as (executor, _):
+        generates, lingers = Generates(), Lingers()
+        for number, prompt in enumerate(prompt_list(2)):
+            executor.submit(prompt, generates, task_id=f"generates-{number}")
+        executor.submit({"prompt_id": "w"}, Puppet(), task_id="works", is_eval=True)
+        executor.submit({"prompt_id": "l"}, lingers, task_id="lingers", group_size=2)
+        await trio.sleep(2)
+        found = {(m.task_id, m.member_index): m for m in executor.status().members}
+        busy = found["generates-0", 0]
+        other = found["generates-1", 0]
+        assert {busy.stage, other.stage} == {Stage.GENERATING, Stage.WAITING}
+        if busy.stage is Stage.WAITING:
+            busy, other = other, busy
+        assert busy.server == executor.engine.statistics()[0].address
+        assert (busy.version, busy.age_s, other.server) == (0, 2.0, None)
+        assert found["works", 0].stage is Stage.WORKFLOW
+        assert found["works", 0].is_eval
+        assert found["lingers", 0].stage is Stage.WORKFLOW
+        assert found["lingers", 1].stage is Stage.QUEUED  # there are four slots
+        await trio.sleep(3.5)
+        late = {(m.task_id, m.member_index): m for m in executor.status().members}
+        assert late["lingers", 0].stage is Stage.SETTLING
+        assert 5.4 < late["lingers", 0].age_s < 5.6
+
+
+async def test_tokens_count_over_segments_and_over_requests(autojump_clock: Clock) -> None:
+    class Twice(Generates):
+        async def arun_episode(self, engine: Any, data: Any, /) -> Any:
+            await super().arun_episode(engine, data)
+            await super().arun_episode(engine, data)
+            await trio.sleep_forever()
+
+    async with simulated_executor(
+        servers=ONE_SLOT, lengths=FixedLengths(100), segment_tokens=20
+    ) as (
+        executor,
+        _,
+    ):
+        executor.submit(prompt_list(1)[0], Twice())
+        await trio.sleep(5)
+        (member,) = executor.status().members
+        assert member.tokens == 40
+        await trio.sleep(100)
+        (member,) = executor.status().members
+        assert (member.tokens, member.stage) == (200, Stage.WORKFLOW)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"queued": 0}, "queue empty"),
+        ({"running_members": 2}, "concurrency: 2 of 2"),
+        ({"staleness_capacity": -2}, "staleness: short by 3 at version 7"),
+        ({"paused": True}, "paused"),
+        ({"servers_in_service": 0}, "no server"),
+    ],
+)
+def test_what_blocks_admission_is_named(change: dict[str, Any], words: str) -> None:
+    blocked_by = dataclasses.replace(FREE, **change).blocked_by
+    assert len(blocked_by) == bool(change)
+    assert all(block.startswith(words) for block in blocked_by)
+
+
+async def test_what_blocks_is_read_from_the_executor(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=2, max_concurrent_rollouts=9) as (
+        executor,
+        _,
+    ):
+        assert "queue empty" in executor.status().admission.blocked_by[0]
+        puppet = Puppet()
+        for prompt in prompts(3):
+            executor.submit(prompt, puppet)
+        executor.pause()
+        admission = executor.status().admission
+        assert (admission.queued, admission.running_members, admission.paused) == (1, 2, True)
+        assert admission.staleness_capacity == 0
+        assert len(admission.blocked_by) == 2
+
+
+def test_the_table_is_eighty_columns_wide() -> None:
+    member = MemberStatus(
+        task_id="a-task-of-a-rather-long-name",
+        prompt_id="p",
+        member_index=3,
+        is_eval=True,
+        stage=Stage.WAITING,
+        server="http://a-server-of-a-rather-long-name:30000",
+        version=12,
+        age_s=123456.7,
+        tokens=123456,
+    )
+    table = str(ExecutorStatus(members=(member,) * 50, admission=FREE, quiet_s=12.3)).splitlines()
+    assert max(map(len, table)) <= 80
+    assert "50 rollouts: 0 queued, 50 waiting for a server" in table[0]
+    assert "12.3 s" in table[1]
+    assert sum("123456.7" in line for line in table) == 40
+    assert "10 younger ones" in table[-1]
+
+
+def stalls(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "nothing settled" in r.getMessage()]
+
+
+async def test_a_stall_is_logged_with_the_table_and_settlements_put_it_off(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "arealtrio")
+    async with simulated_executor(servers=1, consumer_batch_size=9, stall_warning_s=10) as (
+        executor,
+        _,
+    ):
+        await trio.sleep(100)
+        assert not stalls(caplog)  # idle is not stalled
+        puppet = Puppet()
+        for prompt in prompts(3):
+            executor.submit(prompt, puppet)
+        for number in range(2):
+            await trio.sleep(9)
+            puppet.end(number)
+            await settled()
+        assert not stalls(caplog)
+        await trio.sleep(11)
+        (words,) = stalls(caplog)
+        assert words.startswith("nothing settled for 10 s\n1 rollouts: ")
+        assert "rollout-2[0]" in words
+        await trio.sleep(10)
+        assert len(stalls(caplog)) == 2  # and again
+        assert 20 < executor.status().quiet_s < 22
+        puppet.end(2)
+        await executor.wait(3)
+        assert executor.status().quiet_s == 0
+        await trio.sleep(100)
+        assert len(stalls(caplog)) == 2
+    assert {record.name.partition(".")[0] for record in caplog.records} == {"arealtrio"}
+
+
+async def test_it_counts_by_stage(autojump_clock: Clock) -> None:
+    async with trio.open_nursery() as nursery, simulated_executor(servers=1) as (executor, _):
+        call = Deferred(nursery, executor.prepare_batch, prompts(), Puppet())
+        await settled()
+        assert executor.status().count(Stage.WORKFLOW) == 1
+        assert "1 in the workflow" in str(executor.status())
+        call.scope.cancel()
