@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from arealtrio.config import RolloutConfig
-from arealtrio.embedded.serve import ServerSettings, running_server
+from arealtrio.embedded.serve import RunningServer, ServerSettings, running_server
 from arealtrio.engine import RemoteEngine, open_engine
 
 from .embedded_server import MAX_MODEL_LEN, Watch, save_weights
@@ -23,6 +23,7 @@ class Fleet:
 
     watches: dict[str, Watch]
     weights: dict[int, Path]
+    servers: dict[str, RunningServer]
 
     @property
     def urls(self) -> list[str]:
@@ -47,12 +48,13 @@ async def running_fleet(
     weights = {seed: save_weights(tmp_path, seed) for seed in (1, 2)}
     chosen = {"max_model_len": MAX_MODEL_LEN, **settings}
     async with AsyncExitStack() as stack:
-        watches = {}
+        watches, servers = {}, {}
         for _ in range(count):
             settings_of_one = ServerSettings(weights=weights[1], **chosen)
             server = await stack.enter_async_context(running_server(settings_of_one))
             watches[server.url] = Watch(server.scheduler, monkeypatch)
-        yield Fleet(watches, weights)
+            servers[server.url] = server
+        yield Fleet(watches, weights, servers)
 
 
 @asynccontextmanager
@@ -63,8 +65,9 @@ async def connected_engine(
     config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Fleet]]:
+    chosen = {"backend": settings.get("dialect", "vllm"), **(config or {})}
     async with (
         running_fleet(tmp_path, monkeypatch, count, **settings) as fleet,
-        open_engine(RolloutConfig(servers=fleet.urls, **(config or {}))) as engine,
+        open_engine(RolloutConfig(servers=fleet.urls, **chosen)) as engine,
     ):
         yield engine, fleet
