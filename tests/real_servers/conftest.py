@@ -80,7 +80,12 @@ def running_servers(
 
 @pytest.fixture
 def vllm_servers(running_servers: Sequence[VllmServer]) -> Sequence[VllmServer]:
-    """Two idle servers with ``tiny-1``, version 0, not paused."""
+    """Two idle servers with ``tiny-1``, version 0, not paused; one that ended is started again."""
+    dead = [server for server in running_servers if not server.alive]
+    for server in dead:
+        server.start_again()
+    for server in dead:
+        server.wait_healthy(time.monotonic() + START_LIMIT_S)
     for server in running_servers:
         server.reset()
     return running_servers

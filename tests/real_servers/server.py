@@ -67,31 +67,53 @@ class VllmServer:
     Args:
         python: The interpreter of the environment that has vLLM.
         models: The folder with ``tiny-1`` … ``tiny-3``; the server starts with ``tiny-1``.
-        folder: Its own folder, for its log and its temporary files.
+        folder: Its own folder, for its log and its temporary files. It runs in it: a path that is
+            not absolute is another directory for each server.
     """
 
     def __init__(self, python: Path, models: Path, folder: Path) -> None:
         self.models = models
+        self.folder = folder
         self.log = folder / "server.log"
         self._scratch = folder / "tmp"  # each start leaves a file in TMPDIR
         self._scratch.mkdir(parents=True)
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._process = self._start(python, port)
+        self._python = python
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._process = self._start()
         self._client = httpx.Client(base_url=self.url, timeout=CALL_LIMIT_S, trust_env=False)
 
-    def _start(self, python: Path, port: int) -> subprocess.Popen[bytes]:
-        vllm = (python, "-m", "vllm.entrypoints.openai.api_server")
-        where = ("--model", self.models / "tiny-1", "--port", str(port))
-        with self.log.open("wb") as log:
+    def _start(self) -> subprocess.Popen[bytes]:
+        vllm = (self._python, "-m", "vllm.entrypoints.openai.api_server")
+        where = ("--model", self.models / "tiny-1", "--port", str(self._port))
+        with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, LAUNCH, str(os.getpid()), *vllm, *where, *FLAGS],
                 env={**inherited_environment(), **ENVIRONMENT, "TMPDIR": str(self._scratch)},
+                cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # its own group, to be stopped as a whole
             )
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Send SIGKILL to the server and its workers, and wait until they are gone."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def start_again(self) -> None:
+        """Start it anew on the port it had; ``wait_healthy`` waits for it.
+
+        What is left of a server that ended by itself is killed first.
+        """
+        self.kill()
+        self._process = self._start()
 
     def wait_healthy(self, deadline: float) -> None:
         """Return once ``/health`` answers 200; its own death ends the wait at once.
