@@ -49,7 +49,7 @@ def _check_belief(pool: ServerPool, lease: Lease, spans: Sequence[VersionSpan]) 
     to what the server was told. One that takes no label says what it likes.
     """
     server = lease.server
-    if not spans or not server.labelled:
+    if not spans or not (lease.labelled or server.labelled):
         return
     bounds = (lease.version, server.version, server.told)
     if spans[-1].version not in range(min(bounds), max(bounds) + 1):

@@ -148,15 +148,25 @@ class Lease:
         base_version: That of its base model.
         adapter_version: The pool's version when the request named a versioned adapter; None where
             it names none.
+        labelled: Whether it carried our label then, so that its reports can be held to it.
     """
 
-    __slots__ = ("_pool", "_slot", "adapter_version", "base_version", "server", "version")
+    __slots__ = (
+        "_pool",
+        "_slot",
+        "adapter_version",
+        "base_version",
+        "labelled",
+        "server",
+        "version",
+    )
 
     def __init__(self, pool: ServerPool, server: Server, slot: HeldSlot) -> None:
         self.server = server
         self.version = server.version
         self.base_version = server.base_version
         self.adapter_version: int | None = None
+        self.labelled = server.labelled
         self._pool = pool
         self._slot = slot
 

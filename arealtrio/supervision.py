@@ -109,7 +109,7 @@ def _take_back(pool: ServerPool, server: Server) -> None:
 
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
-    _notice_restart(server)
+    _notice_restart(pool, server)
     version = server.version
     if not _has_its_weights(pool, server):
         version = pool.version
@@ -126,10 +126,14 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     return version
 
 
-def _notice_restart(server: Server) -> None:
-    """A server that had our label and has none is another process, with its first weights."""
+def _notice_restart(pool: ServerPool, server: Server) -> None:
+    """A server that had our label and has none is another process, with its first weights.
+
+    What it was sent before that was noticed is made by them, and of no use.
+    """
     if server.labelled and server.info.weight_version is None:
         server.labelled = server.tainted = False
+        pool.cut_off(server)
 
 
 def _has_its_base(pool: ServerPool, server: Server) -> bool:

@@ -348,6 +348,20 @@ async def test_a_silent_restart_is_noticed_and_none_of_its_tokens_taken(
     assert {v for a in carried.answers for v in a.output_versions.tolist()} == {1}
 
 
+async def test_a_restart_under_load_gives_no_token_of_other_weights(
+    autojump_clock: Clock,
+) -> None:
+    """The slots that its reset connections free are taken before it is out, and probed."""
+    async with faulty_engine(servers=3) as (engine, faulty), traffic(engine, 30) as carried:
+        await update_weights(engine.pool, disk(1))
+        for number in range(9):
+            await trio.sleep(7)
+            faulty.fleet.servers[number % 3].restart()
+        await trio.sleep(60)
+    assert len(carried.answers) > 200
+    assert any(set(a.output_versions.tolist()) == {1} for a in carried.answers)
+
+
 async def test_weights_that_somebody_else_loads_are_noticed(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, faulty):
         await update_weights(engine.pool, disk(3))
