@@ -146,7 +146,7 @@ def recorder_since(recorder: Recorder, generations: Generations) -> Recorder:
 
 def check_what_was_made_again(engine: RemoteEngine, answers: dict[int, ModelResponse]) -> None:
     """A segment that was lost had at most ``segment_tokens``; whole ones before it were kept."""
-    assert 1 <= engine.failovers <= 2 * CAP
+    assert 1 <= engine.totals().failovers <= 2 * CAP
     victim = engine.statistics()[0]
     assert victim.ejections == 1
     assert victim.failovers >= CAP // 2  # what ran there, unless its answer was on the way
@@ -251,4 +251,4 @@ async def test_a_rolling_update_under_load_fails_nothing_and_leaves_always_one_r
         assert seen == {(ready, ready), ("paused", ready), (ready, "paused")}
         mixed = [a for a in generations.answers.values() if len(set(a.output_versions)) > 1]
         assert mixed  # else the update met nobody
-        assert engine.failovers == 0
+        assert engine.totals().failovers == 0
