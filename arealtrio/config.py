@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 from .errors import ConfigError
 from .types import TimeLimits
 
-Backend: TypeAlias = Literal["vllm", "sglang"]
+Backend: TypeAlias = Literal["vllm", "sglang", "vllm_areal"]
 SchedulePolicyName: TypeAlias = Literal["least_request", "round_robin"]
 QueueOrder: TypeAlias = Literal["fifo", "deadline", "longest_expected"]
 StragglerPolicy: TypeAlias = Literal["wait", "keep", "requeue", "drop"]
 Priority: TypeAlias = Literal["eval", "train"]
 
-BACKENDS = ("vllm", "sglang")
+BACKENDS = ("vllm", "sglang", "vllm_areal")
 SCHEDULE_POLICIES = ("least_request", "round_robin")
 QUEUE_ORDERS = ("fifo", "deadline", "longest_expected")
 STRAGGLER_POLICIES = ("wait", "keep", "requeue", "drop")
@@ -30,7 +30,8 @@ class RolloutConfig:
 
     Args:
         servers: Base URLs of the inference servers, ``http://host:port``; no two alike.
-        backend: Their dialect: ``vllm`` or ``sglang``.
+        backend: Their dialect: ``vllm``, ``sglang``, or ``vllm_areal`` for vLLM servers that AReaL
+            started, which have routes of their own for pausing and for weights.
         consumer_batch_size: Groups in one training batch (B). A prompt without ``group_size`` is a
             group of one.
         max_staleness: Weight versions that a consumed token may be behind (AReaL's

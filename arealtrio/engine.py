@@ -48,6 +48,7 @@ from .waiting import background
 from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, StreamParser
 from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
+from .wire.vllm_areal import ArealVllmDialect
 
 
 class RemoteEngine:
@@ -414,11 +415,14 @@ def make_dialect(backend: str) -> Dialect:
     Raises:
         ConfigError: For a name that is none.
     """
-    if backend == "vllm":
-        return VllmDialect()
-    if backend == "sglang":
-        return SglangDialect()
-    raise ConfigError(f"backend must be one of vllm, sglang, not {backend!r}")
+    dialects: dict[str, Callable[[], Dialect]] = {
+        "vllm": VllmDialect,
+        "sglang": SglangDialect,
+        "vllm_areal": ArealVllmDialect,
+    }
+    if backend not in dialects:
+        raise ConfigError(f"backend must be one of {', '.join(dialects)}, not {backend!r}")
+    return dialects[backend]()
 
 
 @asynccontextmanager

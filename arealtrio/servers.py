@@ -650,6 +650,8 @@ class ServerPool:
         version would be a belief.
         """
         server.told = version
+        if not self.dialect.has_labels:
+            return
         try:
             request = self.dialect.label_weights(version)
             await self.control(server, request, self.config.control_timeout_s)

@@ -267,6 +267,8 @@ class _Reception:
 
     async def _open(self, server: Server) -> None:
         begin = self._pool.dialect.begin_update()
+        if begin is None:
+            return
         try:
             await self._control(server, begin)
         except RequestRejected:
@@ -306,7 +308,7 @@ class _Reception:
             return
         for request in self._pool.dialect.end_update(self._update.version):
             await self._control(server, request)
-        server.labelled = True
+        server.labelled = self._pool.dialect.has_labels
         updated(self._pool, server, self._update)
 
     async def _control(self, server: Server, request: HttpRequest) -> None:

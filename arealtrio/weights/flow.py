@@ -146,4 +146,4 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     server.told = update.version
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)
-    server.labelled = True
+    server.labelled = pool.dialect.has_labels

@@ -16,6 +16,7 @@ from .weights import GroupPlace, TensorSpec, dtype_name
 class SglangWeights:
     """The weight routes of SGLang's native server."""
 
+    has_labels = True
     # Newer servers take tensors between these two alone; older ones do not have them.
     optional_routes = frozenset({"/begin_weight_update", "/end_weight_update"})
     memory_tags: tuple[str, ...] = ("weights", "cuda_graph", "kv_cache")
@@ -37,7 +38,7 @@ class SglangWeights:
             question["pp_rank"] = place.pp_rank
         return body.post("/init_weights_update_group", question)
 
-    def begin_update(self) -> HttpRequest:
+    def begin_update(self) -> HttpRequest | None:
         """Open a session; refused while one is open."""
         return body.post("/begin_weight_update", {})
 

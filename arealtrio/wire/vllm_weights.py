@@ -22,6 +22,7 @@ RESET_CACHE: Final = "/reset_prefix_cache?reset_running_requests=true"
 class VllmWeights:
     """The weight transfer of vLLM itself, for servers with ``--weight-transfer-config`` nccl."""
 
+    has_labels = True
     optional_routes: frozenset[str] = frozenset()
     memory_tags: tuple[str, ...] = ("weights", "kv_cache")
     weights_survive_sleep = True  # in the host's memory, at level 1
@@ -38,7 +39,7 @@ class VllmWeights:
         }
         return body.post("/init_weight_transfer_engine", {"init_info": info})
 
-    def begin_update(self) -> HttpRequest:
+    def begin_update(self) -> HttpRequest | None:
         """Make ready; said again after a failure, it starts anew."""
         return body.post("/start_weight_update")
 

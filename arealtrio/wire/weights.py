@@ -57,6 +57,8 @@ class GroupPlace:
 class WeightRequests(Protocol):
     """The operations of one kind of server. A request is answered as ``parse_control`` reads."""
 
+    has_labels: bool
+    """Whether a server carries a label of its weights."""
     optional_routes: frozenset[str]
     """Routes that an older server lacks, and does without."""
     memory_tags: tuple[str, ...]
@@ -67,8 +69,8 @@ class WeightRequests(Protocol):
     def init_group(self, place: GroupPlace) -> HttpRequest:
         """Join the trainer's process group. Answered when the whole group has met."""
 
-    def begin_update(self) -> HttpRequest:
-        """Make ready for tensors."""
+    def begin_update(self) -> HttpRequest | None:
+        """Make ready for tensors; None where that is not asked for."""
 
     def receive(
         self, tensors: Sequence[TensorSpec], group_name: str, *, last: bool

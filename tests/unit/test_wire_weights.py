@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from arealtrio.errors import ProtocolError, RequestRejected, ServerError
+from arealtrio.errors import ConfigError, ProtocolError, RequestRejected, ServerError
 from arealtrio.types import HttpRequest, HttpResponse
 from arealtrio.wire.sglang import SglangDialect
 from arealtrio.wire.vllm import VllmDialect
+from arealtrio.wire.vllm_areal import ArealVllmDialect
 from arealtrio.wire.weights import GroupPlace, TensorSpec
 
 from ..golden import exchange
 
-VLLM, SGLANG = VllmDialect(), SglangDialect()
+VLLM, SGLANG, AREAL = VllmDialect(), SglangDialect(), ArealVllmDialect()
 PLACE = GroupPlace(
     master_address="10.0.0.1", master_port=29500, rank_offset=3, world_size=5, group_name="g"
 )
@@ -49,6 +50,7 @@ def test_vllm_receives_between_start_and_finish() -> None:
     begin = VLLM.begin_update()
     (receive,) = VLLM.receive(TENSORS, "g", last=True)
     reset, finish = VLLM.end_update(3)
+    assert begin is not None
     assert (begin.path, begin.body) == (recorded_question("wt_start")[0], b"")
     assert receive.path == recorded_question("wt_update")[0]
     assert body(receive) == {
@@ -117,7 +119,9 @@ def test_sglang_joins_a_group_of_one_stage_or_of_all() -> None:
 
 
 def test_sglang_receives_in_a_session_and_drops_its_cache_last() -> None:
-    assert SGLANG.begin_update().path in SGLANG.optional_routes
+    begin = SGLANG.begin_update()
+    assert begin is not None
+    assert begin.path in SGLANG.optional_routes
     (first,) = SGLANG.receive(TENSORS, "g", last=False)
     (last,) = SGLANG.receive(TENSORS, "g", last=True)
     assert body(first) == {
@@ -147,3 +151,24 @@ def test_sglang_has_an_adapter_already() -> None:
         SGLANG.parse_control(refusal("no such directory"))
     with pytest.raises(RequestRejected):
         SGLANG.parse_control(answer("already loaded", 400, "text/plain"))
+
+
+def test_areals_server_has_routes_of_its_own() -> None:
+    init = AREAL.init_group(PLACE)
+    assert init.path == "/areal_init_weights_update_group"
+    assert body(init)["master_port"] == "29500"
+    assert AREAL.begin_update() is None
+    meta, receive = AREAL.receive(TENSORS, "g", last=False)
+    assert meta.path == "/areal_set_update_weight_meta"
+    assert body(meta) == {
+        "names": ["a", "b"], "dtypes": ["bfloat16", "float32"], "shapes": [[2, 3], []],
+        "group_name": "g",
+    }  # fmt: skip
+    assert (receive.path, body(receive)) == ("/areal_update_weights_xccl", {})
+    assert AREAL.end_update(1) == ()
+    (load,) = AREAL.load_weights("/w", 1)
+    assert (load.path, body(load)) == ("/areal_update_weights", {"model_path": "/w"})
+    assert AREAL.pause("abort").path == "/areal_pause_generation"
+    assert AREAL.resume().path == "/areal_continue_generation"
+    with pytest.raises(ConfigError, match="abort"):
+        AREAL.pause("keep")
