@@ -43,6 +43,7 @@ from .scheduling import (
 )
 from .settlement import Failure, RolloutResult
 from .staleness import Permit, RolloutStat, StalenessManager
+from .status import AdmissionStatus, ExecutorStatus, MemberStatus, Stage
 from .trajectory import Batch, CollateBuffers, Group
 from .types import (
     FailureKind,
@@ -57,6 +58,7 @@ from .weights import TensorSpec, WeightsGroup, WeightUpdate, WeightUpdateResult
 from .workflow import MultiTurnWorkflow, RLVRWorkflow, RolloutWorkflow, SingleTurnWorkflow
 
 __all__ = [
+    "AdmissionStatus",
     "ArealTrioError",
     "AsyncRewardWrapper",
     "AsyncioWorkflow",
@@ -65,6 +67,7 @@ __all__ = [
     "ConfigError",
     "ConnectFailed",
     "DeadlineExceeded",
+    "ExecutorStatus",
     "Failure",
     "FailureKind",
     "GenerationHyperparameters",
@@ -73,6 +76,7 @@ __all__ = [
     "InvalidRequest",
     "LeastRequestPolicy",
     "LeastRequestPrioritySchedulePolicy",
+    "MemberStatus",
     "ModelRequest",
     "ModelResponse",
     "MultiTurnWorkflow",
@@ -105,6 +109,7 @@ __all__ = [
     "Segment",
     "ServerError",
     "SingleTurnWorkflow",
+    "Stage",
     "StalenessBudgetExhausted",
     "StalenessManager",
     "TensorSpec",

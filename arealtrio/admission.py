@@ -33,6 +33,7 @@ class Admission:
     ) -> None:
         self.staleness = staleness
         self.paused = False
+        self.recovering = False  # servers have no weights yet that anything may be made by
         self.running_members = 0
         self.counts = RolloutCounts()
         self.eval_counts = RolloutCounts()
@@ -100,7 +101,7 @@ class Admission:
         return self._admit_training() or self._admit_eval()
 
     def _admit_eval(self) -> bool:
-        if not self._eval_queue:
+        if self.recovering or not self._eval_queue:
             return False
         group = self._eval_queue.popleft()
         group.number = next(self._eval_numbers)
@@ -109,7 +110,7 @@ class Admission:
         return True
 
     def _admit_training(self) -> bool:
-        if self.paused or not self._queue:
+        if self.paused or self.recovering or not self._queue:
             return False
         permit = self.staleness.try_submit()
         if permit is None:
@@ -183,7 +184,7 @@ class Admission:
         Raises:
             StalenessBudgetExhausted: With the numbers.
         """
-        if self._order.unsettled or self.paused or not self._queue:
+        if self._order.unsettled or self.paused or self.recovering or not self._queue:
             return
         if self.staleness.get_capacity() > 0:
             return

@@ -509,6 +509,11 @@ class RolloutController:
         executor = self._live
         self._call(lambda: executor.set_version(version))
 
+    def recover(self, version: int, update: WeightUpdate | None = None) -> WeightUpdateResult:
+        """Go on after a restart; before anything else. See ``WorkflowExecutor.recover``."""
+        executor = self._live
+        return self._call(lambda: executor.recover(version, update))
+
     def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
         """Bring new weights to every server. See ``WorkflowExecutor.update_weights``.
 

@@ -9,6 +9,7 @@ go on.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -71,6 +72,8 @@ from .weights import (
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 class WorkflowExecutor:
     """Runs rollouts: admits them, supervises them, settles each exactly once, delivers them.
@@ -121,6 +124,7 @@ class WorkflowExecutor:
         )
         self._shuffle = np.random.default_rng(config.seed)
         self._closed = False
+        self._all_left = trio.Event()  # no rollout runs any more, after close
         self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
         nursery.start_soon(self._alarm.run, name="stall alarm")
         self._is_bounded = config.straggler_policy != "keep"
@@ -523,6 +527,8 @@ class WorkflowExecutor:
     def _member_ended(self, group: GroupTask, index: int, verdict: Verdict) -> None:
         group.member_ended(index, verdict)
         self._admission.member_ended(group)
+        if self._closed and not self._admission.running_members:
+            self._all_left.set()
         if group.all_ended:
             self._settle(group)
         else:
@@ -654,6 +660,38 @@ class WorkflowExecutor:
         Servers get the label, so that their reports follow.
         """
         await self.update_weights(WeightUpdate.label(version))
+
+    async def recover(self, version: int, update: WeightUpdate | None = None) -> WeightUpdateResult:
+        """Go on where a trainer that was restarted left off; before anything else is started.
+
+        Nothing starts before every server has the version, so no token is made by weights, or under
+        a label, from before the restart. What is submitted meanwhile is queued. No rollout of the
+        run before comes back: its budget counts as consumed, ``version * consumer_batch_size``
+        groups, as it would be had the trainer never stopped.
+
+        Args:
+            version: Of the trainer's checkpoint.
+            update: How servers get its weights, with the same version; None if they have them, and
+                only the label is to be set.
+
+        Raises:
+            UsageError: If something was started or consumed, or ``update`` is of another version.
+            WeightUpdateError: If fewer than ``min_updated`` servers took them. Then, as after a
+                cancellation, nothing starts before another call succeeds.
+        """
+        self._check_open()
+        update = update or WeightUpdate.label(version)
+        if update.version != version:
+            raise UsageError(f"recover({version}) was given an update to {update.version}")
+        if self.counts.submitted > self.counts.queued or self._consumed:
+            raise UsageError("recover comes first: rollouts were started already")
+        self._admission.recovering = True
+        result = await update_weights(self.engine.pool, update)
+        self._admission.recovering = False
+        self.staleness_manager.on_version_recovered(version)
+        self._consumed = version * self.config.consumer_batch_size
+        self._changed()
+        return result
 
     async def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
         """Bring new weights to every server while rollouts go on, then advance the version.
@@ -792,6 +830,7 @@ class WorkflowExecutor:
                 staleness_capacity=self.staleness_manager.get_budget(),
                 version=self.get_version(),
                 paused=admission.paused,
+                recovering=admission.recovering,
                 servers_in_service=len(self.engine.pool.in_service),
             ),
             quiet_s=self._alarm.quiet_s(),
@@ -839,6 +878,23 @@ class WorkflowExecutor:
         self._waiting.end(_closed_error)  # first: what is cancelled below is no result to wait for
         for group in list(self._live.values()):
             self._cancel(group)
+        if self._admission.running_members:
+            self._nursery.start_soon(self._name_those_who_stay, name="close")
+
+    async def _name_those_who_stay(self) -> None:
+        """Warn of rollouts that ignore their cancellation; close ends when they do."""
+        limit_s = self.config.close_timeout_s
+        with trio.CancelScope(deadline=trio.current_time() + limit_s, shield=True):
+            await self._all_left.wait()
+            return
+        logger.warning(
+            "close waits for %d rollouts that have not ended %g s after they were cancelled "
+            "(close_timeout_s): do they shield themselves, catch trio.Cancelled, or wait for a "
+            "thread?\n%s",
+            self._admission.running_members,
+            limit_s,
+            self.status(),
+        )
 
     def check_settled(self) -> None:
         """Assert that nothing is left: every submission has settled."""

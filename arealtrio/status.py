@@ -67,6 +67,7 @@ class AdmissionStatus:
         version: The weight version.
         paused: Whether ``pause`` was called.
         servers_in_service: Servers that take requests.
+        recovering: Whether ``recover`` was called, and has not succeeded.
     """
 
     queued: int
@@ -76,6 +77,7 @@ class AdmissionStatus:
     version: int
     paused: bool
     servers_in_service: int
+    recovering: bool = False
 
     @property
     def blocked_by(self) -> tuple[str, ...]:
@@ -87,6 +89,8 @@ class AdmissionStatus:
             yield "queue empty: nothing was submitted or read that has not started"
         if self.paused:
             yield "paused: call resume"
+        if self.recovering:
+            yield "recovering: recover has not succeeded yet"
         if self.running_members >= self.concurrency:
             yield f"concurrency: {self.running_members} of {self.concurrency} rollouts run"
         if self.staleness_capacity <= 0:

@@ -101,6 +101,7 @@ async def test_tokens_count_over_segments_and_over_requests(autojump_clock: Cloc
         ({"running_members": 2}, "concurrency: 2 of 2"),
         ({"staleness_capacity": -2}, "staleness: short by 3 at version 7"),
         ({"paused": True}, "paused"),
+        ({"recovering": True}, "recovering"),
         ({"servers_in_service": 0}, "no server"),
     ],
 )
