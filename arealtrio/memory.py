@@ -54,14 +54,17 @@ class Memory:
         Returns:
             The servers that do not sleep, by address, with what went wrong.
         """
-        async with self._lock:
+        async with self._lock, self._pool.update_lock:
             if self._pause is None:
                 await self._hold(drain)
             failed = dict(self._not_paused)
+            for server in self._pool.servers:
+                if not server.held:  # when the pause began
+                    failed[server.address] = f"it is {server.state.value} ({server.reason})"
             try:
                 async with trio.open_nursery() as nursery:
                     for server in self._pool.servers:
-                        if server.held and server.address not in failed:
+                        if server.address not in failed:
                             nursery.start_soon(
                                 _attempt_sleep, self._pool, server, keep_weights, failed
                             )
@@ -200,4 +203,9 @@ async def wake(pool: ServerPool, server: Server, tags: Sequence[str]) -> None:
     wanted = [tag for tag in tags if tag in server.asleep]
     if wanted:
         server.asleep.difference_update(wanted)
-        await pool.control(server, pool.dialect.wake(wanted), pool.config.update_timeout_s)
+        try:
+            await pool.control(server, pool.dialect.wake(wanted), pool.config.update_timeout_s)
+        except trio.Cancelled:  # whether it is awake is not known
+            server.frozen = server.tainted = True
+            pool.mark_stale(server, "its waking was cut short")
+            raise

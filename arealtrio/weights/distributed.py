@@ -37,7 +37,7 @@ async def init_weights_group(
         pool: The servers.
         group: Where to meet. Its ``members`` are ignored.
         join: Lets the trainer join; it is told nothing, since it knows ``group`` and how many
-            servers there are. Cancelled where a server refused.
+            servers there are. Cancelled where a server refused; where it raises, nobody waits on.
 
     Returns:
         The group with its members, for ``WeightUpdate.distributed``.
@@ -71,7 +71,7 @@ async def _join(
     failed: dict[str, str] = {}
     trainer = _Trainer(join)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trainer.run)
+        nursery.start_soon(trainer.run, nursery.cancel_scope)
         async with trio.open_nursery() as requests:
             for index, server in enumerate(servers):
                 request = pool.dialect.init_group(group.place(index))
@@ -108,14 +108,16 @@ class _Trainer:
         self._act = act
         self._error: Exception | None = None
 
-    async def run(self) -> None:
-        """Do its part."""
+    async def run(self, others: trio.CancelScope) -> None:
+        """Do its part; where that fails, nobody needs to wait for the others."""
         with self.scope:
             try:
                 if self._act is not None:
                     await self._act()
             except Exception as exc:  # noqa: BLE001 - raised by raise_error
                 self._error = exc
+        if self.failed:
+            others.cancel()
         self.done.set()
 
     @property
@@ -285,10 +287,7 @@ class _Reception:
         trainer.scope.deadline = trio.current_time() + self._pool.config.update_timeout_s
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._receive_chunk, chunk, last)
-            nursery.start_soon(trainer.run)
-            await trainer.done.wait()
-            if trainer.failed:
-                nursery.cancel_scope.cancel()  # nothing comes any more
+            nursery.start_soon(trainer.run, nursery.cancel_scope)
         trainer.raise_error()
         if trainer.failed:
             self._lost = "the trainer's send"

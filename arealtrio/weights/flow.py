@@ -93,12 +93,12 @@ async def _update(
     if update.kind == "label":
         await _load_everywhere(pool, servers, update, failed)
         return
-    if update.kind == "lora":
-        await load_adapter_everywhere(pool, servers, update, failed)
-        return
     for server in servers:
         if server.restoring is not None:  # it is being brought to weights that are old now
             server.restoring.cancel()
+    if update.kind == "lora":
+        await load_adapter_everywhere(pool, servers, update, failed)
+        return
     async with pool.paused(update.pause, servers) as not_paused:
         failed.update(not_paused)
         if update.kind == "distributed":

@@ -15,16 +15,16 @@ from arealtrio.config import RolloutConfig
 from arealtrio.embedded.serve import RunningServer, ServerSettings, running_server
 from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.transport import HttpTransport
-from arealtrio.types import HttpRequest
+from arealtrio.types import HttpRequest, HttpResponse
 
 from .embedded_server import MAX_MODEL_LEN, VOCAB_SIZE, Watch, save_weights
 
-Hook = Callable[[str, HttpRequest], Awaitable[None]]
+Hook = Callable[[str, HttpRequest], Awaitable[HttpResponse | None]]
 POLLED = ("/health", "/metrics")
 
 
 class ObservedTransport(HttpTransport):
-    """Real HTTP; notes what is sent, and lets ``hook`` act, or raise, before it is."""
+    """Real HTTP; notes what is sent, and lets ``hook`` answer, or raise, in a server's place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class ObservedTransport(HttpTransport):
     async def request(self, base_url: str, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         if request.path not in POLLED:
             self.asked.append((base_url, request))
-        if self.hook is not None:
-            await self.hook(base_url, request)
+        if self.hook is not None and (answer := await self.hook(base_url, request)) is not None:
+            return answer
         return await super().request(base_url, request, *args, **kwargs)
 
 

@@ -203,6 +203,38 @@ async def test_weights_that_do_not_survive_are_not_served(
         assert (await engine.agenerate(ModelRequest(PROMPT))).output_versions[0] == 1
 
 
+async def test_a_server_that_is_out_of_service_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, "vllm") as (engine, seen):
+        late = seen.urls[1]
+        engine.pool.remove(late)
+
+        async def refuse(url: str, _: HttpRequest) -> None:
+            if url == late:
+                raise ConnectFailed("not there")
+
+        seen.transport.hook = refuse
+        engine.pool.add(late)
+        async with engine.offloaded() as failed:
+            assert list(failed) == [late]
+            assert "joining" in failed[late]
+
+
+async def test_weights_that_were_not_kept_are_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"probe_interval_s": 0.02}
+    async with observed_engine(tmp_path, monkeypatch, "vllm", 1, config) as (engine, seen):
+        await update_weights(engine.pool, disk(seen, 1))
+        seen.forget()
+        async with engine.offloaded(keep_weights=False):
+            assert "/sleep?level=2" in seen.paths(seen.urls[0])
+        assert states(engine) == ["stale"]
+        await engine.pool.wait_ready(5)
+        assert "/collective_rpc" in seen.paths(seen.urls[0])
+
+
 async def test_what_runs_may_finish_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     penalised = GenerationHyperparameters(
         max_new_tokens=100, ignore_eos=True, frequency_penalty=1.0

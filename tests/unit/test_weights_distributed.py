@@ -12,7 +12,13 @@ import trio
 from arealtrio.config import RolloutConfig
 from arealtrio.controller import RolloutController
 from arealtrio.errors import TransportError, UsageError, WeightUpdateError
-from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
+from arealtrio.types import (
+    GenerationHyperparameters,
+    HttpRequest,
+    HttpResponse,
+    ModelRequest,
+    ModelResponse,
+)
 from arealtrio.weights import (
     Chunk,
     TensorSpec,
@@ -308,6 +314,43 @@ async def test_a_refused_group_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         with trio.fail_after(5), pytest.raises(WeightUpdateError, match="did not meet") as caught:
             await init_weights_group(engine.pool, GROUP, trio.sleep_forever)
         assert list(caught.value.failed) == [seen.urls[1]]
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_a_trainer_that_can_not_join_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, "sglang") as (engine, seen):
+
+        async def hang(_: str, request: HttpRequest) -> None:
+            if request.path == "/init_weights_update_group":
+                await trio.sleep_forever()
+
+        async def join() -> None:
+            raise ValueError("port taken")
+
+        seen.transport.hook = hang
+        with trio.fail_after(5), pytest.raises(ValueError, match="port taken"):
+            await init_weights_group(engine.pool, GROUP, join)
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_an_older_sglang_has_no_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, "sglang") as (engine, seen):
+        group = await init_weights_group(engine.pool, GROUP)
+
+        async def older(_: str, request: HttpRequest) -> HttpResponse | None:
+            if request.path in engine.pool.dialect.optional_routes:
+                return HttpResponse(404, {}, b"Not Found")
+            if request.path == FIRST_CHUNK["sglang"]:
+                return HttpResponse(200, {}, b'{"success": true, "message": "done"}')
+            return None
+
+        seen.transport.hook = older
+        result = await update_weights(engine.pool, update_of(group))
+        assert set(result.updated) == set(seen.urls)
         assert states(engine) == ["ready", "ready"]
 
 
