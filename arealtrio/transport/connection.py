@@ -14,9 +14,13 @@ from ..errors import ConnectFailed
 from .origin import Origin
 from .parsing import ResponseParser
 
-RECEIVE_SIZE_BYTES: Final = 65536
-"""Per read. Buffers above 128 KiB are mapped and unmapped by glibc each time, which costs more
-than the reads they save."""
+RECEIVE_SIZE_BYTES: Final = 512 * 1024
+"""Per read of a plain socket: an answer of 4,096 tokens with logprobs. Read into one buffer that a
+transport's connections share, because memory of that size is mapped and unmapped by glibc each
+time, which costs more than the reads it saves."""
+
+TLS_RECEIVE_SIZE_BYTES: Final = 65536
+"""Per read of a TLS session, whose stream makes its own buffers."""
 
 SEND_SIZE_BYTES: Final = 65536
 """Per write of a body that does not go out at once: the steps by which its progress is seen."""
@@ -43,8 +47,11 @@ class Connection(Protocol):
     async def send(self, data: memoryview, progress: Callable[[], None]) -> None:
         """Send all of ``data``, calling ``progress`` after each part of it."""
 
-    async def receive(self) -> bytes:
-        """Wait for bytes and return them; empty at the end of the stream. Always a checkpoint."""
+    async def receive(self) -> bytes | memoryview:
+        """Wait for bytes and return them; empty at the end of the stream. Always a checkpoint.
+
+        They are to be used before the next await: the memory may be every connection's.
+        """
 
     def is_quiet(self) -> bool:
         """Whether the peer neither closed it nor sent anything: whether it may be used again."""
@@ -59,17 +66,19 @@ class PlainConnection:
     Args:
         origin: The server at its other end.
         sock: Connected; this object closes it.
+        buffer: Read into, ``RECEIVE_SIZE_BYTES`` long; shared with connections of the same thread.
     """
 
-    __slots__ = ("__weakref__", "_sock", "closed", "idle_since", "origin", "parser")
+    __slots__ = ("__weakref__", "_buffer", "_sock", "closed", "idle_since", "origin", "parser")
 
-    def __init__(self, origin: Origin, sock: socket.socket) -> None:
+    def __init__(self, origin: Origin, sock: socket.socket, buffer: memoryview) -> None:
         sock.setblocking(False)
         self.origin = origin
         self.parser = ResponseParser()
         self.idle_since = 0.0
         self.closed = False
         self._sock: Final = sock
+        self._buffer: Final = buffer
 
     def send_nowait(self, head: bytes, body: bytes) -> int:
         """See Connection."""
@@ -88,14 +97,14 @@ class PlainConnection:
                 continue
             progress()
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> memoryview:
         """See Connection."""
         while True:
             # Wait first: an answer is hardly ever there already, and a flood of data has to let
             # other tasks run, so the try before the wait would be a wasted call or a missed turn.
             await trio.lowlevel.wait_readable(self._sock)
             try:
-                return self._sock.recv(RECEIVE_SIZE_BYTES)
+                return self._buffer[: self._sock.recv_into(self._buffer)]
             except BlockingIOError:
                 continue
 
@@ -147,7 +156,7 @@ class TlsConnection:
 
     async def receive(self) -> bytes:
         """See Connection."""
-        return bytes(await self._stream.receive_some(RECEIVE_SIZE_BYTES))
+        return bytes(await self._stream.receive_some(TLS_RECEIVE_SIZE_BYTES))
 
     def is_quiet(self) -> bool:
         """See Connection. Any record counts: after a whole answer it is the peer's closing."""
@@ -163,7 +172,7 @@ class TlsConnection:
             self._stream.transport_stream.socket.close()
 
 
-async def connect(origin: Origin, context: ssl.SSLContext | None) -> Connection:
+async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memoryview) -> Connection:
     """Open a connection: names resolved, addresses raced (RFC 8305), TLS where the origin wants it.
 
     Cancelled, it leaves no socket open.
@@ -171,6 +180,7 @@ async def connect(origin: Origin, context: ssl.SSLContext | None) -> Connection:
     Args:
         origin: Where to.
         context: For TLS; not None where ``origin.tls``.
+        buffer: See PlainConnection.
 
     Raises:
         ConnectFailed: The name is unknown, no address answers, or the TLS handshake failed.
@@ -184,7 +194,7 @@ async def connect(origin: Origin, context: ssl.SSLContext | None) -> Connection:
         if origin.tls:
             assert context is not None
             return await _handshake(origin, stream, context)
-        return PlainConnection(origin, socket.socket(fileno=stream.socket.detach()))
+        return PlainConnection(origin, socket.socket(fileno=stream.socket.detach()), buffer)
     except BaseException:
         stream.socket.close()
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 
@@ -19,8 +19,6 @@ from ..errors import (
 from ..types import HttpResponse, TimeLimits
 from .connection import Connection
 from .pool import Pool
-
-T = TypeVar("T")
 
 
 class Exchange:
@@ -121,7 +119,7 @@ class Exchange:
     async def response(self) -> HttpResponse:
         """Read to the end and return the whole answer."""
         while not self._parser.complete:
-            await self._read_some()
+            await self._bounded(self._read_on)
         return HttpResponse(self.status, self.headers, self._parser.take_body())
 
     def chunks(self) -> AsyncIterator[bytes]:
@@ -136,7 +134,7 @@ class Exchange:
             body = self._parser.take_body()
             if body or self._parser.complete:
                 return body
-            await self._read_some()
+            await self._bounded(self._read_some)
 
     def release(self) -> None:
         """Give the connection back if nothing is outstanding on it, else close it.
@@ -217,7 +215,18 @@ class Exchange:
 
     async def _read_head(self) -> None:
         while not self._parser.head_complete:
+            await self._bounded(self._read_some)
+
+    async def _read_on(self) -> None:
+        """Read to the end, in one scope whose deadline moves: a scope costs as much as a read.
+
+        A scope whose deadline passed while there was something to read would cancel the next wait
+        all the same, so it ends there, for the caller to open another.
+        """
+        assert self._scope is not None
+        while not self._parser.complete and not self._scope.cancel_called:
             await self._read_some()
+            self._extend()
 
     async def _read_some(self) -> None:
         """Feed the parser what arrives next, or the end of the stream."""
@@ -233,22 +242,26 @@ class Exchange:
         if self._parser.head_complete:
             self._check_size()
 
-    async def _receive(self) -> bytes:
+    async def _receive(self) -> bytes | memoryview:
         try:
-            return await self._bounded(self._connection.receive)
+            return await self._connection.receive()
         except trio.ClosedResourceError as exc:
             raise self._closed_by_us() from exc
         except (OSError, trio.BrokenResourceError) as exc:
+            if self._connection.closed:  # after its bytes arrived, and before they were read
+                raise self._closed_by_us() from exc
             raise self._broken_off(exc) from exc
 
-    async def _bounded(self, operation: Callable[[], Awaitable[T]]) -> T:
+    async def _bounded(self, operation: Callable[[], Awaitable[None]]) -> None:
+        """Wait, or raise what limit was passed; on return that may have happened just then."""
         if self._connection.closed:
             raise self._closed_by_us()
         # trio does not cancel a wait that is ready at once, so a flood would outrun its deadline.
         now = trio.current_time()
         if now < self._deadline:
             with trio.CancelScope(deadline=self._next_deadline(now)) as self._scope:
-                return await operation()
+                await operation()
+                return
         raise self._timed_out()
 
     def _phase(self) -> tuple[str, float]:
@@ -260,7 +273,7 @@ class Exchange:
         return min(now + self._phase()[1], self._deadline)
 
     def _extend(self) -> None:
-        """Some of the request went out: the reader's wait starts anew."""
+        """Something went out or came in: the reader's wait starts anew."""
         if self._scope is not None:
             self._scope.deadline = self._next_deadline(trio.current_time())
 

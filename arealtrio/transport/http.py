@@ -12,7 +12,7 @@ import trio
 
 from ..errors import ConfigError, RolloutClosed, TransportError, TransportTimeout, UsageError
 from ..types import HttpRequest, HttpResponse, TimeLimits
-from .connection import Connection, connect
+from .connection import RECEIVE_SIZE_BYTES, Connection, connect
 from .exchange import Exchange
 from .interface import RESPONSE_SIZE_BYTES_MAX, StreamedResponse
 from .origin import Origin
@@ -57,6 +57,7 @@ class HttpTransport:
             raise ConfigError("idle_per_origin must not be negative")
         self._ssl_context = ssl_context
         self._pool: Final = Pool(keep_alive_s, idle_per_origin)
+        self._buffer: Final = memoryview(bytearray(RECEIVE_SIZE_BYTES))
         self._origins: dict[str, Origin] = {}  # base_url -> its parsed form
         self._connecting: set[trio.CancelScope] = set()
         self._closed = False
@@ -195,7 +196,7 @@ class HttpTransport:
         self._connecting.add(scope)
         try:
             with scope:
-                connection = await connect(origin, context)
+                connection = await connect(origin, context, self._buffer)
         finally:
             self._connecting.discard(scope)
         if scope.cancelled_caught:

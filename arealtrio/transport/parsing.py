@@ -69,8 +69,8 @@ class ResponseParser:
         self._body_expected = body_expected
         self._overhead_size_bytes = 0
 
-    def feed(self, data: bytes) -> None:
-        """Take what arrived.
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take what arrived, and keep no reference to it.
 
         Raises:
             ProtocolError: It is not HTTP, or its head is beyond all measure.
