@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import trio
 
 Await: TypeAlias = tuple[FrameType, int]  # a suspended frame, and the line it waits in
 
 LOOK_CLOSELY_S = 10.0  # after a slow pass
+USAGE_OF_THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)  # Linux has it
 LIBRARIES = (os.path.dirname(__file__), os.path.dirname(trio.__file__))
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,10 @@ def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[None]:
     the loop over all tasks that can run is timed, which costs a microsecond a pass.
     Only for some seconds after a pass that was too long is each step timed by itself. So what
     blocks once is not named, and what blocks again is.
+
+    A step is to blame if it computed for longer than the limit, or waited in a call that does not
+    return to the loop. One that was merely kept from running, because other programs had the CPU,
+    is not.
 
     Args:
         nursery: Its children are the rollouts; each task's name is the rollout's.
@@ -84,17 +90,23 @@ class _Steps(trio.abc.Instrument):
         self._limit_s = limit_s
         self._awaits: list[Await] = []
         self._began = self._cpu = float("inf")  # the first step it sees the end of began unseen
+        self._sleeps = 0
         self._warned: set[str] = set()
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._awaits = list(task.iter_await_frames())
+        self._sleeps = _sleeps()
         self._cpu = time.thread_time()
         self._began = time.perf_counter()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         took_s = time.perf_counter() - self._began
-        if took_s > self._limit_s:
-            self._warn(task, took_s, time.thread_time() - self._cpu)
+        if took_s <= self._limit_s:
+            return
+        cpu_s = time.thread_time() - self._cpu
+        slept = USAGE_OF_THREAD is None or _sleeps() > self._sleeps
+        if slept or cpu_s > self._limit_s:
+            self._warn(task, took_s, cpu_s)
 
     def _warn(self, task: trio.lowlevel.Task, took_s: float, cpu_s: float) -> None:
         rollout = self._rollout_of(task)
@@ -121,6 +133,14 @@ class _Steps(trio.abc.Instrument):
                 return task
             task = parent.parent_task
         return None
+
+
+def _sleeps() -> int:
+    """How often this thread gave the CPU away to wait; being taken off it does not count.
+
+    0 where the system does not tell.
+    """
+    return 0 if USAGE_OF_THREAD is None else resource.getrusage(USAGE_OF_THREAD).ru_nvcsw
 
 
 def _place(awaits: list[Await], when: str) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,37 @@ async def test_what_never_blocks_is_not_named(warnings: Callable[[], list[str]])
             await trio.lowlevel.checkpoint()
 
     await watched(*[quick] * 20, limit_s=60.0)
+    assert warnings() == []
+
+
+async def test_what_computes_is_named(warnings: Callable[[], list[str]]) -> None:
+    async def computes() -> None:
+        for _ in range(3):
+            end = time.thread_time() + 2 * LIMIT_S
+            while time.thread_time() < end:
+                pass
+            await trio.lowlevel.checkpoint()
+
+    await watched(computes)
+    (said,) = warnings()
+    assert "after the await in " in said
+    assert "computes (test_watch.py:" in said
+
+
+@pytest.mark.skipif(watch.USAGE_OF_THREAD is None, reason="the system does not tell a thread's own")
+async def test_what_only_lacked_the_cpu_is_not_named(
+    warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock finds a second gone, of which the thread had next to nothing."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__, thread_time=time.thread_time)
+    monkeypatch.setattr(watch, "time", clock)
+
+    async def awaits() -> None:
+        for _ in range(5):
+            await trio.lowlevel.checkpoint()
+
+    await watched(*[awaits] * 20)
+    assert clock.perf_counter() > 200, "no step was timed"
     assert warnings() == []
 
 
