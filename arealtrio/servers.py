@@ -234,6 +234,7 @@ class ServerPool:
         line: Line[Waiter] = make_line(config.queue_order, config.queue_overtakes_max)
         self._leases = LeaseQueue(self._policy, self._barred, line)
         self._newest_told = 0
+        self._smallest: dict[str, int | None] = {}  # forgotten when a server comes, goes or speaks
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -282,8 +283,11 @@ class ServerPool:
 
     def smallest(self, attribute: str) -> int | None:
         """The least of a limit that servers report (``max_model_len``, ``vocab_size``), if any."""
-        values = [getattr(server.info, attribute) for server in self._servers.values()]
-        return min((value for value in values if value is not None), default=None)
+        if attribute not in self._smallest:
+            values = [getattr(server.info, attribute) for server in self._servers.values()]
+            known = [value for value in values if value is not None]
+            self._smallest[attribute] = min(known, default=None)
+        return self._smallest[attribute]
 
     def _is_known(self, server: Server) -> bool:
         return server.address in self._policy.servers()
@@ -367,6 +371,7 @@ class ServerPool:
         server = Server(address)
         server.cap = cap or 0
         self._servers[address] = server
+        self._smallest.clear()
         self.set_state(server, ServerState.JOINING, "added")
         return server
 
@@ -392,6 +397,7 @@ class ServerPool:
                 return
             self._policy.remove(server.address)
         del self._servers[server.address]
+        self._smallest.clear()
         self.set_state(server, ServerState.GONE, server.reason)
 
     def set_cap(self, address: str, cap: int) -> None:
@@ -636,6 +642,7 @@ class ServerPool:
         limits = self.config.control_limits(self.config.control_timeout_s)
         answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
         server.info = self.dialect.parse_discover(answers)
+        self._smallest.clear()
         if server.state is ServerState.JOINING and not server.cap:
             server.cap = self._initial_cap(server)
 

@@ -12,6 +12,7 @@ from arealtrio.config import RolloutConfig
 from arealtrio.errors import ConfigError, RolloutClosed, UsageError
 from arealtrio.servers import Lease, Server, ServerPool, ServerState
 from arealtrio.transport import HttpTransport
+from arealtrio.types import HttpRequest, HttpResponse
 from arealtrio.wire.vllm import VllmDialect
 
 A, B = "http://a:1", "http://b:1"
@@ -326,3 +327,23 @@ async def test_under_random_holds_and_cancels_no_slot_is_lost_and_none_is_idle(
     assert finished == 200
     assert pool.waiting == 0
     assert set(outstanding(pool).values()) == {0}
+
+
+async def test_the_smallest_limit_follows_servers_that_come_speak_and_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def models(_: ServerPool, server: Server, request: HttpRequest, *__: object) -> object:
+        if request.path != "/v1/models":
+            return HttpResponse(404, {}, b"")
+        length = 1000 if server.address == A else 500
+        return HttpResponse(200, {}, b'{"data": [{"id": "m", "max_model_len": %d}]}' % length)
+
+    monkeypatch.setattr(ServerPool, "send", models)
+    pool = pool_of({A: 1})
+    assert pool.smallest("max_model_len") is None
+    await pool.discover(server_of(pool, A))
+    assert pool.smallest("max_model_len") == 1000
+    await pool.discover(pool.add(B, 1))
+    assert pool.smallest("max_model_len") == 500
+    pool.remove(B)
+    assert pool.smallest("max_model_len") == 1000
