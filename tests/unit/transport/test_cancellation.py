@@ -124,6 +124,25 @@ class TestClose:
         assert len(caught) == 3
         assert transport.statistics().active == 0
 
+    async def test_closed_between_the_arrival_of_bytes_and_their_reading(
+        self, start_server: StartServer, limits: TimeLimits, post: HttpRequest
+    ) -> None:
+        """Whether the reader or the closer runs first is chance, so it is tried some times."""
+        for _ in range(10):
+            async with HttpTransport() as transport:
+
+                async def script(peer: Peer, transport: HttpTransport = transport) -> None:
+                    await peer.read_request()
+                    await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n")
+                    await wait_all_tasks_blocked()
+                    await peer.say(b"half")
+                    await transport.aclose()
+                    await peer.wait_closed()
+
+                server = await start_server(script)
+                with pytest.raises(RolloutClosed, match="the transport was closed"):
+                    await transport.request(server.url, post, limits)
+
     async def test_closed_while_connecting(
         self, limits: TimeLimits, post: HttpRequest, monkeypatch: pytest.MonkeyPatch
     ) -> None:

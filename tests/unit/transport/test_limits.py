@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from arealtrio.errors import TransportTimeout
 from arealtrio.transport import HttpTransport
@@ -48,6 +48,30 @@ class TestLimits:
         with pytest.raises(TransportTimeout, match=name) as caught:
             await transport.request(server.url, post, limits_with(**{name: SHORT_S}))
         assert caught.value.limit == name
+
+    @pytest.mark.parametrize("jump_s", [0.7, 2])
+    async def test_what_arrived_counts_and_the_idle_limit_starts_anew(
+        self,
+        start_server: StartServer,
+        transport: HttpTransport,
+        post: HttpRequest,
+        mock_clock: MockClock,
+        jump_s: float,
+    ) -> None:
+        """A busy process comes back to bytes and a passed limit at once: it was not the server."""
+
+        async def script(peer: Peer) -> None:
+            await peer.read_request()
+            await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n")
+            for _ in range(4):
+                await wait_all_tasks_blocked()
+                mock_clock.jump(jump_s)
+                await peer.say(b"x")
+
+        server = await start_server(script)
+        response = await transport.request(server.url, post, limits_with(idle_s=1))
+        assert response.body == b"xxxx"
+        assert trio.current_time() == pytest.approx(4 * jump_s, abs=0.01)
 
     async def test_a_flood_does_not_outrun_the_total(
         self, start_server: StartServer, transport: HttpTransport
