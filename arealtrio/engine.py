@@ -21,6 +21,7 @@ from .errors import (
     ConfigError,
     InvalidRequest,
     ProtocolError,
+    ResponseTooLarge,
     RolloutError,
     ServerError,
     TransportError,
@@ -246,6 +247,8 @@ class RemoteEngine:
             generation.lease, generation.arrived = lease, arrived
             try:
                 self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
+            except ResponseTooLarge:  # it would be as large anywhere
+                raise
             except (TransportError, ServerError, ProtocolError) as exc:
                 self.pool.failed(lease.server, exc)
                 self._salvage(generation, lease, segment, arrived, exc)

@@ -208,7 +208,8 @@ class WorkflowExecutor:
 
         Args:
             count: How many.
-            timeout_s: None waits as long as it takes; the rollouts' own deadlines bound it.
+            timeout_s: None waits as long as it takes; the rollouts' own deadlines bound it. 0 looks
+                once.
             is_eval: Of evaluation, or of training.
 
         Raises:
@@ -225,8 +226,9 @@ class WorkflowExecutor:
             self._check_can_come(count, is_eval=is_eval)
             return None
 
-        with time_limit(timeout_s, lambda: f"{queue.ready} of {count} results were there"):
-            return await self._wait_until(poll)
+        return await self._wait_within(
+            timeout_s, poll, lambda: f"{queue.ready} of {count} results were there"
+        )
 
     def _check_can_come(self, count: int, *, is_eval: bool) -> None:
         coming = self._results.coming(is_eval=is_eval)
@@ -259,8 +261,9 @@ class WorkflowExecutor:
             return result
 
         try:
-            with time_limit(timeout_s, lambda: f"task {task_id!r} has not settled"):
-                result = await self._wait_until(poll)
+            result = await self._wait_within(
+                timeout_s, poll, lambda: f"task {task_id!r} has not settled"
+            )
         finally:
             self._results.unclaim(task_id, is_eval=is_eval)
             self._waiting.notify()  # a result that came as this waiter gave up is for another
@@ -268,9 +271,19 @@ class WorkflowExecutor:
         return taken
 
     def _took(self, results: list[RolloutResult], *, is_eval: bool) -> list[RolloutResult]:
-        if not is_eval:
-            self._consume([result.group for result in results if result.group is not None])
-        return results
+        """Results leave for their consumer; what became too old since it settled has expired."""
+        return results if is_eval else [self._in_time(result) for result in results]
+
+    def _in_time(self, result: RolloutResult) -> RolloutResult:
+        group = result.group
+        if group is None:
+            return result
+        if self._is_outdated(group):
+            self.staleness_manager.discard()
+            self.counts.discard(1)
+            return expired(group, self.get_version())
+        self._consume([group])
+        return result
 
     def is_eval(self, task_id: str) -> bool:
         """Whether a task that is queued, running or not yet taken is of evaluation."""
@@ -323,12 +336,13 @@ class WorkflowExecutor:
         groups = [arguments.group(self._new_task_id(), prompt, deliver) for prompt in data]
         self._enqueue(groups)
         try:
-            results = await self._wait_until(poll)
-        finally:
+            results = self._took(await self._wait_until(poll), is_eval=False)
+        except BaseException:
             for group in groups:
                 self._cancel(group)
-            # Also where this call fails: what it throws away is no debt of the batches to come.
+            # What this call throws away is no debt of the batches to come.
             self._consume([result.group for result in settled.values() if result.group is not None])
+            raise
         accepted = tuple(result.group for result in results if result.group is not None)
         failures = tuple(result for result in results if result.group is None)
         return Batch(groups=accepted, version=self.get_version(), failures=failures)
@@ -852,10 +866,25 @@ class WorkflowExecutor:
             TimeoutError: If something still runs after ``timeout_s``.
         """
         admission = self._admission
-        with time_limit(timeout_s, lambda: f"{admission.running_members} rollouts still run"):
-            await self._wait_until(lambda: True if admission.running_members == 0 else None)
+        await self._wait_within(
+            timeout_s,
+            lambda: True if admission.running_members == 0 else None,
+            lambda: f"{admission.running_members} rollouts still run",
+        )
 
     # --- waiting, closing --------------------------------------------------------------------
+
+    async def _wait_within(
+        self, timeout_s: float | None, poll: Callable[[], T | None], words: Callable[[], str]
+    ) -> T:
+        """Wait for at most ``timeout_s``; what is there already is returned even with 0."""
+        self._check_open()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        value = poll()
+        if value is not None:
+            return value
+        with time_limit(timeout_s, words):
+            return await self._wait_until(poll)
 
     async def _wait_until(self, poll: Callable[[], T | None]) -> T:
         self._check_open()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import trio
 
 from .errors import UsageError, WorkflowError
@@ -247,6 +248,6 @@ def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:
     if should_accept is None:
         return True
     answer: object = should_accept(group)
-    if answer in (True, False):
+    if isinstance(answer, (bool, np.bool_)):
         return bool(answer)
     raise WorkflowError(f"should_accept_fn returned {type(answer).__name__}, not a bool")

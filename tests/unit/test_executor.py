@@ -693,6 +693,41 @@ async def test_a_wait_that_needs_the_next_version_raises_with_the_numbers(
         assert (await executor.wait_for_task("2")).outcome is Outcome.ACCEPTED
 
 
+@pytest.mark.parametrize("policy", ["wait", "drop", "keep"])
+async def test_a_result_that_ages_before_it_is_taken_has_expired(
+    policy: Any, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=1, max_staleness=1, straggler_policy=policy
+    ) as (executor, _):
+        for prompt in prompts(2):
+            executor.submit(prompt, Instant(), task_id=f"{prompt['prompt_id']}")
+        await settled()
+        for version in (1, 2):
+            await executor.set_version(version)
+        first = await executor.wait_for_task("0")
+        (second,) = await executor.wait(1)
+        kept = policy == "keep"
+        wanted = Outcome.ACCEPTED if kept else Outcome.EXPIRED
+        assert [first.outcome, second.outcome] == [wanted, wanted]
+        assert executor.staleness_violations == (2 if kept else 0)
+        assert executor.counts.of(wanted) == 2
+        check_counts(executor)
+        assert executor.get_capacity() > 0  # what nobody consumed holds no budget
+
+
+async def test_a_wait_of_no_time_looks_once(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+        executor.submit({}, Instant(), task_id="there")
+        executor.submit({}, Puppet(), task_id="running")
+        await settled()
+        assert ids(await executor.wait(1, timeout_s=0)) == ["there"]
+        with pytest.raises(TimeoutError):
+            await executor.wait(1, timeout_s=0)
+        with pytest.raises(TimeoutError):
+            await executor.wait_for_task("running", timeout_s=0)
+
+
 async def test_recovery_sets_a_high_version_and_goes_on(autojump_clock: Clock) -> None:
     async with simulated_executor(servers=1, consumer_batch_size=4, max_staleness=1) as (
         executor,

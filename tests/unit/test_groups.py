@@ -242,7 +242,9 @@ def test_a_filter_says_yes_or_no(group: Group) -> None:
     assert accepts(group, lambda _: np.True_)  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("answer", [None, "yes", 2, [], {}])
+@pytest.mark.parametrize(
+    "answer", [np.array([True]), np.array([True, False]), None, "yes", 2, [], {}]
+)
 def test_a_filter_that_says_neither_broke_its_contract(group: Group, answer: Any) -> None:
     with pytest.raises(WorkflowError, match=type(answer).__name__):
         accepts(group, lambda _: answer)
