@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -34,7 +35,7 @@ def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[None]:
 
     A step is to blame if it computed for longer than the limit, or waited in a call that does not
     return to the loop. One that was merely kept from running, because other programs had the CPU,
-    is not.
+    is not; nor is the one in which Python's collector happened to walk all that is alive.
 
     Args:
         nursery: Its children are the rollouts; each task's name is the rollout's.
@@ -72,6 +73,7 @@ class _Passes(trio.abc.Instrument):
 
     def _look_closely(self, until: float) -> None:
         if self._looking_until is None:
+            gc.callbacks.append(self._steps.collecting)
             trio.lowlevel.add_instrument(self._steps)
         self._looking_until = until
 
@@ -80,6 +82,7 @@ class _Passes(trio.abc.Instrument):
         if self._looking_until is not None:
             self._looking_until = None
             trio.lowlevel.remove_instrument(self._steps)
+            gc.callbacks.remove(self._steps.collecting)
 
 
 class _Steps(trio.abc.Instrument):
@@ -91,22 +94,33 @@ class _Steps(trio.abc.Instrument):
         self._awaits: list[Await] = []
         self._began = self._cpu = float("inf")  # the first step it sees the end of began unseen
         self._sleeps = 0
+        self._collected_s = self._collection_began = 0.0
         self._warned: set[str] = set()
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._awaits = list(task.iter_await_frames())
+        self._collected_s = 0.0
         self._sleeps = _sleeps()
         self._cpu = time.thread_time()
         self._began = time.perf_counter()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        took_s = time.perf_counter() - self._began
+        took_s = time.perf_counter() - self._began - self._collected_s
         if took_s <= self._limit_s:
             return
-        cpu_s = time.thread_time() - self._cpu
+        cpu_s = max(0.0, time.thread_time() - self._cpu - self._collected_s)
         slept = USAGE_OF_THREAD is None or _sleeps() > self._sleeps
         if slept or cpu_s > self._limit_s:
             self._warn(task, took_s, cpu_s)
+
+    def collecting(self, phase: str, info: dict[str, int]) -> None:
+        """What ``gc.callbacks`` calls before and after a collection, of whatever thread."""
+        del info
+        now = time.perf_counter()
+        if phase == "start":
+            self._collection_began = now
+        else:
+            self._collected_s += now - self._collection_began
 
     def _warn(self, task: trio.lowlevel.Task, took_s: float, cpu_s: float) -> None:
         rollout = self._rollout_of(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import time
@@ -104,6 +105,30 @@ async def test_what_only_lacked_the_cpu_is_not_named(
     assert warnings() == []
 
 
+async def test_the_collectors_time_is_nobodys_fault(warnings: Callable[[], list[str]]) -> None:
+    collections = 0
+
+    def slowly(phase: str, info: dict[str, int]) -> None:
+        nonlocal collections
+        del info
+        if phase == "stop":
+            collections += 1
+            block()
+
+    async def collects() -> None:
+        for _ in range(4):
+            await trio.lowlevel.checkpoint()
+            gc.collect(0)
+
+    gc.callbacks.insert(0, slowly)
+    try:
+        await watched(collects)
+    finally:
+        gc.callbacks.remove(slowly)
+    assert collections >= 4
+    assert warnings() == []
+
+
 async def test_a_task_that_the_workflow_started_is_its_rollouts(
     warnings: Callable[[], list[str]],
 ) -> None:
@@ -175,3 +200,4 @@ async def test_nothing_of_it_is_left_behind() -> None:
         runner = trio._core._run.GLOBAL_RUN_CONTEXT.runner
         seen = [i for i in runner.instruments["_all"] if "arealtrio" in type(i).__module__]
     assert seen == []
+    assert [c for c in gc.callbacks if "arealtrio.watch" in repr(c)] == []
