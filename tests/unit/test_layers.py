@@ -25,6 +25,7 @@ TOP = (
     ("demo",),
     ("controller",),
     ("executor",),
+    ("rollouts",),
     ("admission", "batching", "results", "status"),
     ("groups",),
     ("delivery", "failures", "group_policy", "loader", "rollout_engine", "settlement"),
@@ -72,7 +73,7 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
-        "asyncio_workflow bridge cli demo controller executor groups lifetime waiting engine "
+        "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime waiting engine "
         "weights supervision servers pressure leases transport reward workflow observe embedded "
         "testing watch stall adapters lora memory"
     ),
