@@ -236,6 +236,7 @@ class WorkflowExecutor(RolloutNursery):
         if self._is_outdated(group):
             self.staleness_manager.discard()
             self.counts.discard(1)
+            self._pump()  # its budget may let another start
             return expired(group, self.get_version())
         self._consume([group])
         return result

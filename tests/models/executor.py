@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -15,6 +15,7 @@ class ModelGroup:
     ended: int = 0
     outcome: str | None = None
     taken: bool = False
+    versions: list[int] = field(default_factory=list)  # in which each member started
 
     @property
     def running(self) -> int:
@@ -103,6 +104,7 @@ class ModelExecutor:
                 group.number = self.grants[group.is_eval]
                 self.grants[group.is_eval] += 1
             group.started += 1
+            group.versions.append(self.version)
 
     def next_group(self) -> ModelGroup | None:
         for group in self.live():
@@ -151,5 +153,10 @@ class ModelExecutor:
 
     def take(self, group: ModelGroup) -> str:
         group.taken = True
-        self.consumed += group.outcome == "accepted" and not group.is_eval
+        if group.outcome == "accepted" and not group.is_eval:
+            if min(group.versions) < self.version - self.max_staleness:
+                group.outcome = "expired"
+                self.start()
+            else:
+                self.consumed += 1
         return f"{group.name} {group.outcome} {group.number}"
