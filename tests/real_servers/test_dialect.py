@@ -105,6 +105,8 @@ async def test_discover_reads_what_the_server_was_started_with(line: Line) -> No
         max_concurrency=CAP,
         weight_version=0,
         token_in_token_out=True,
+        streams_news=True,
+        logprobs_tempered=False,
     )
 
 
