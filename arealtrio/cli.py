@@ -53,6 +53,7 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     """Train a tiny model by asynchronous RL on this machine, in seconds."""
     if json_path is not None and not json_path.parent.is_dir():
         raise click.BadParameter(f"there is no directory {json_path.parent}", param_hint="--json")
+    _make_directory(values["keep_weights"], "--keep-weights")
     try:
         with _sigterm_unwinds():
             report = _run(quiet, DemoOptions(**values))
@@ -83,6 +84,17 @@ def _run(quiet: bool, options: DemoOptions) -> DemoReport:
         return run_demo(options, sys.stdout)
     with Path(os.devnull).open("w") as nowhere:
         return run_demo(options, nowhere)
+
+
+def _make_directory(path: Path | None, option: str) -> None:
+    """Make a directory now, so that a path that can not be one is that option's error."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        words = f"{path} can not be made: {exc.strerror}"
+        raise click.BadParameter(words, param_hint=option) from exc
 
 
 def _write_json(path: Path, report: DemoReport) -> None:

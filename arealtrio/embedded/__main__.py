@@ -18,12 +18,16 @@ from .settings import DialectName, ServerSettings
 @click.option("--weights", type=click.Path(path_type=Path), required=True,
               help="Directory with the first weights.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=0, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True,
+              help="0 takes a free one.")  # fmt: skip
 @click.option("--served-model-name", default="tiny", show_default=True)
-@click.option("--max-num-seqs", default=8, show_default=True, help="Sequences decoded at once.")
-@click.option("--token-time-s", default=0.0, show_default=True, help="Seconds of a decode step.")
-@click.option("--max-model-len", default=2048, show_default=True, help="Prompt and answer, tokens.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--max-num-seqs", type=click.IntRange(1), default=8, show_default=True,
+              help="Sequences decoded at once.")  # fmt: skip
+@click.option("--token-time-s", type=click.FloatRange(0), default=0.0, show_default=True,
+              help="Seconds of a decode step.")  # fmt: skip
+@click.option("--max-model-len", type=click.IntRange(2), default=2048, show_default=True,
+              help="Prompt and answer, tokens.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--logprobs-mode", type=click.Choice(get_args(LogprobsMode)),
               help="Default: the dialect's own.")  # fmt: skip
 @click.option("--dialect", type=click.Choice(get_args(DialectName)), default="vllm",

@@ -81,6 +81,9 @@ def test_the_numbers_go_into_a_file_and_quiet_is_quiet(asked: list[Any], tmp_pat
         (["demo", "--json", "/no/such/place/x.json"], "there is no directory /no/such/place"),
         (["bogus"], "No such command"),
         (["serve", "--bogus"], "No such option"),
+        (["serve", "--weights", "x", "--port", "99999"], "Invalid value for '--port'"),
+        (["serve", "--weights", "x", "--max-num-seqs", "0"], "Invalid value for '--max-num-seqs'"),
+        (["demo", "--keep-weights", "/proc/no/such"], "/proc/no/such can not be made"),
     ],
 )
 def test_a_wrong_argument_is_one_error_and_runs_nothing(
