@@ -43,7 +43,8 @@ class Admission:
         self._eval_queue: deque[GroupTask] = deque()
         self._eval_numbers = itertools.count()
         self._starting: deque[GroupTask] = deque()  # admitted, with members still to start
-        self._largest_group = 1
+        self._largest_group = 1  # of training: an evaluation is no reason to train with more
+        self._largest_eval_group = 1
 
     @property
     def queued(self) -> int:
@@ -52,9 +53,19 @@ class Admission:
 
     @property
     def concurrency(self) -> int:
-        """Members that may run at once."""
+        """Members that may run at once: as configured, or a batch of the largest training group."""
+        return self._concurrency_of(self._largest_group)
+
+    def _concurrency_of(self, group_size: int) -> int:
         configured = self._config.max_concurrent_rollouts
-        return configured or self._config.consumer_batch_size * self._largest_group
+        return configured or self._config.consumer_batch_size * group_size
+
+    def _has_slot(self, *, is_eval: bool) -> bool:
+        """Whether a member may start; evaluation may fill more slots than training alone has."""
+        largest = self._largest_group
+        if is_eval:
+            largest = max(largest, self._largest_eval_group)
+        return self.running_members < self._concurrency_of(largest)
 
     @property
     def queue_limit(self) -> int:
@@ -65,11 +76,12 @@ class Admission:
 
     def enqueue(self, group: GroupTask) -> None:
         """Add a group at the end of its queue."""
-        self._largest_group = max(self._largest_group, group.size)
         if group.is_eval:
+            self._largest_eval_group = max(self._largest_eval_group, group.size)
             self.eval_counts.enqueue()
             self._eval_queue.append(group)
         else:
+            self._largest_group = max(self._largest_group, group.size)
             self.counts.enqueue()
             self.staleness.on_rollout_enqueued()
             self._queue.append(group)
@@ -83,11 +95,11 @@ class Admission:
 
     def next_member(self) -> tuple[GroupTask, int] | None:
         """Take a slot for the next member that may start: its group and its index in it."""
-        if self.running_members >= self.concurrency:
-            return None
         if not self._starting and not self._admit():
             return None
         group = self._starting[0]
+        if not self._has_slot(is_eval=group.is_eval):
+            return None
         index = group.start_member(self._config.rollout_timeout_s)
         if not group.to_start:
             self._starting.popleft()
@@ -101,7 +113,7 @@ class Admission:
         return self._admit_training() or self._admit_eval()
 
     def _admit_eval(self) -> bool:
-        if self.recovering or not self._eval_queue:
+        if self.recovering or not self._eval_queue or not self._has_slot(is_eval=True):
             return False
         group = self._eval_queue.popleft()
         group.number = next(self._eval_numbers)
@@ -111,6 +123,8 @@ class Admission:
 
     def _admit_training(self) -> bool:
         if self.paused or self.recovering or not self._queue:
+            return False
+        if not self._has_slot(is_eval=False):
             return False
         permit = self.staleness.try_submit()
         if permit is None:

@@ -133,27 +133,42 @@ async def _in_asyncio(loop: Any, run: Callable[..., Awaitable[Any]], *args: obje
         ) from exc
 
 
-def explain_asyncio(error: Exception, workflow: object) -> Exception:
+def explain_asyncio(error: BaseException, workflow: object) -> Exception | None:
     """Return the error to record for one that a workflow raised.
 
     A workflow for asyncio that is handed in bare fails in ways that name neither it nor the cure.
+    ``asyncio.CancelledError`` is the workflow's own failure too, though it is no Exception: nobody
+    but the workflow could have raised it here.
 
     Args:
         error: As raised.
         workflow: What raised it.
 
     Returns:
-        A WorkflowError that names ``AsyncioWorkflow``, caused by ``error``, where it is of this
-        kind; any other ``error`` itself.
+        A WorkflowError that names the workflow, caused by ``error``, where it is of one of these
+        kinds; any other Exception itself; None for what is to end the run.
     """
-    if isinstance(workflow, AsyncioWorkflow) or not _misses_asyncio(error):
+    name = type(workflow).__qualname__
+    if not isinstance(error, Exception):
+        if not _is_asyncio_cancellation(error):
+            return None
+        explained = WorkflowError(f"{name} raised asyncio.CancelledError, and nobody cancelled it")
+    elif isinstance(workflow, AsyncioWorkflow) or not _misses_asyncio(error):
         return error
-    explained = WorkflowError(
-        f"{type(workflow).__qualname__} uses asyncio, and rollouts run on trio: wrap it, "
-        "AsyncioWorkflow(workflow)"
-    )
+    else:
+        explained = WorkflowError(
+            f"{name} uses asyncio, and rollouts run on trio: wrap it, AsyncioWorkflow(workflow)"
+        )
     explained.__cause__ = error
     return explained
+
+
+def _is_asyncio_cancellation(error: BaseException) -> bool:
+    """Whether it is one, or a nursery's group of nothing worse."""
+    if isinstance(error, BaseExceptionGroup):
+        _, rest = error.split((Exception, asyncio.CancelledError))
+        return rest is None
+    return isinstance(error, asyncio.CancelledError)
 
 
 def _misses_asyncio(error: Exception) -> bool:

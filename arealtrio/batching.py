@@ -74,7 +74,16 @@ class RolloutArguments:
         is_eval: bool = False,
         is_batched: bool = True,
     ) -> GroupTask:
-        """A group of one prompt."""
+        """A group of one prompt.
+
+        Raises:
+            UsageError: If the prompt is no mapping.
+        """
+        if not isinstance(prompt, Mapping):
+            raise UsageError(
+                "a prompt is a mapping, such as {'input_ids': [...]}, "
+                f"not {type(prompt).__name__}"
+            )
         return GroupTask(
             task_id=task_id,
             data=prompt,

@@ -251,7 +251,7 @@ class WorkflowExecutor(RolloutNursery):
         for result in results:
             self._results.put(result, is_eval=is_eval)
             if not is_eval and result.group is not None:
-                self._consumed -= 1
+                self._take_back([result.group], self._oldest())
         self._waiting.notify()
 
     # --- rollout_batch -----------------------------------------------------------------------
@@ -386,10 +386,11 @@ class WorkflowExecutor(RolloutNursery):
         self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
     ) -> None:
         """Queue prompts that were read for a stream."""
-        stream.unsettled += len(prompts)
-        self._enqueue(
-            [arguments.group(self._new_task_id(), prompt, stream.deliver) for prompt in prompts]
-        )
+        groups = [
+            arguments.group(self._new_task_id(), prompt, stream.deliver) for prompt in prompts
+        ]
+        stream.unsettled += len(groups)
+        self._enqueue(groups)
 
     async def next_step(self, stream: BatchStream) -> Batch | int:
         """Wait until the stream wants prompts (how many), or has a batch (empty: it has ended)."""
@@ -442,7 +443,7 @@ class WorkflowExecutor(RolloutNursery):
             for group in batch.groups:
                 self._stream.places.put(group)
             self._stream.failures[:0] = batch.failures
-            self._consumed -= len(batch.groups)
+            self._take_back(batch.groups, batch.version - self.config.max_staleness)
             self._waiting.notify()
 
     # --- consuming ---------------------------------------------------------------------------
@@ -451,6 +452,11 @@ class WorkflowExecutor(RolloutNursery):
         """Groups leave for the trainer: count them, and those that are beyond the bound."""
         self._consumed += len(groups)
         self.staleness_violations += sum(is_older(group, self._oldest()) for group in groups)
+
+    def _take_back(self, groups: Sequence[Group], oldest: int) -> None:
+        """Undo ``_consume``, of when ``oldest`` was the oldest admissible version."""
+        self._consumed -= len(groups)
+        self.staleness_violations -= sum(is_older(group, oldest) for group in groups)
 
     def _discard_outdated(self, version: int) -> None:
         """Drop, or queue again, what waits for a batch and is too old for ``version``.
@@ -507,20 +513,28 @@ class WorkflowExecutor(RolloutNursery):
             raise UsageError("recover comes first: rollouts were started already")
         self._admission.recovering = True
         result = await update_weights(self.engine.pool, update)
+        self._recovered(version)
+        return result
+
+    def _recovered(self, version: int) -> None:
         self._admission.recovering = False
         self.staleness_manager.on_version_recovered(version)
         self._consumed = version * self.config.consumer_batch_size
         self._changed()
-        return result
 
     async def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
         """Bring new weights to every server while rollouts go on, then advance the version.
+
+        After a ``recover`` that failed, it is one that succeeds.
 
         Raises:
             WeightUpdateError: If fewer than ``min_updated`` servers took them; the version stays.
         """
         self._check_open()
         result = await update_weights(self.engine.pool, update)
+        if self._admission.recovering:
+            self._recovered(result.version)
+            return result
         self._charge_for(result.version)
         self._stop_stragglers()
         self._changed()
@@ -702,7 +716,7 @@ async def open_executor(
                     executor.close()
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise crash_of(group) from group
+            raise crash_of(group, left_with) from group
         if left_with is not None:
             raise left_with
         executor.check_settled()

@@ -15,6 +15,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+CLOSE_LIMIT_S = 60.0
+"""How long ``OncePerRun.aclose`` waits at most.
+
+What is opened ends its processes, or its loop, within seconds; what does not must not hold up
+whoever closes it, least of all under cancellation.
+"""
+
 
 class _Opening(Generic[T]):
     """One opening, in one trio run."""
@@ -65,12 +72,18 @@ class OncePerRun(Generic[T]):
         return opening.value
 
     async def aclose(self) -> None:
-        """Close it, and return when it is closed, also under cancellation. Harmless twice."""
+        """Close it, and return when it is closed, also under cancellation. Harmless twice.
+
+        After ``CLOSE_LIMIT_S`` it is left to the end of the run, with a warning.
+        """
         opening = self._opening.get()
-        if opening is not None:
-            opening.scope.cancel()
-            with trio.CancelScope(shield=True):
-                await opening.closed.wait()
+        if opening is None:
+            return
+        opening.scope.cancel()
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_LIMIT_S, shield=True):
+            await opening.closed.wait()
+            return
+        logger.warning("%s has not closed within %g s; left behind", self._name, CLOSE_LIMIT_S)
 
     def _started(self) -> _Opening[T]:
         opening = self._opening.get()

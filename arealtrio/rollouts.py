@@ -153,12 +153,12 @@ class RolloutNursery:
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:
                 verdict = self._expired(index)
-        except Exception as exc:  # noqa: BLE001 - the one boundary between user code and the run
+        except BaseException as exc:  # the one boundary between user code and the run
             error = explain_asyncio(exc, group.workflow)
+            if error is None:  # the run ends: no waiter is to take that for a result
+                self.close()
+                raise
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
-        except BaseException:  # the run ends: no waiter is to take that for a result
-            self.close()
-            raise
         finally:
             self._member_ended(group, index, verdict)
 

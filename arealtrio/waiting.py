@@ -99,16 +99,26 @@ async def background(
             finally:
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise crash_of(group) from group
+        raise crash_of(group, left_with) from group
     if left_with is not None:
         raise left_with
 
 
-def crash_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def crash_of(
+    group: BaseExceptionGroup[BaseException], left_with: BaseException | None = None
+) -> BaseException:
     """What a caller gets where a nursery died: an ordinary error, but Ctrl-C as itself.
 
     Where the nursery was only cancelled from outside, that is the group itself.
+
+    Args:
+        group: What the nursery died of, and the cause of what is returned.
+        left_with: What the block beside it raised before; it becomes the group's ``__context__``,
+            so that a traceback shows both.
     """
+    if left_with is not None:
+        group.__context__ = left_with
+        group.__suppress_context__ = False
     _, ours = group.split(trio.Cancelled)
     if ours is None:
         return group

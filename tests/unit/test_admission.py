@@ -82,6 +82,20 @@ async def test_without_a_limit_a_batch_of_the_largest_groups_runs() -> None:
     assert admission.queue_limit == 96
 
 
+async def test_a_large_evaluation_raises_no_limit_of_training() -> None:
+    admission, _ = make(consumer_batch_size=2)
+    evaluation = group("e", 64, is_eval=True)
+    admission.enqueue(evaluation)
+    assert admission.concurrency == 2
+    assert len(start_all(admission)) == 64
+    settle(admission, evaluation, Outcome.ACCEPTED)
+    for name in "abc":
+        admission.enqueue(group(name))
+    assert start_all(admission) == ["a0", "b0"]
+    admission.enqueue(group("d", 3))
+    assert admission.concurrency == 6
+
+
 async def test_evaluation_goes_first_and_needs_no_permit() -> None:
     admission, _ = make(consumer_batch_size=1)
     admission.enqueue(group("a"))

@@ -206,6 +206,25 @@ async def test_keep_counts_what_is_too_old(autojump_clock: Clock) -> None:
             puppet.end_all()
         assert call.value.staleness().tolist() == [1]
         assert executor.staleness_violations == 1
+        executor.give_back(call.value)  # it did not arrive, and is counted when it does
+        assert executor.staleness_violations == 0
+        await executor.prepare_batch(loader, puppet)
+        assert executor.staleness_violations == 1
+
+
+async def test_a_result_given_back_is_a_violation_once(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=1, straggler_policy="keep") as (
+        executor,
+        _,
+    ):
+        executor.submit({}, Instant())
+        await settled()
+        await executor.set_version(1)
+        for _ in range(2):
+            results = await executor.wait(1)
+            assert executor.staleness_violations == 1
+            executor.give_back_results(results, is_eval=False)
+        assert executor.staleness_violations == 0
 
 
 async def test_what_came_too_late_is_reported_and_gives_its_budget_back(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -51,6 +53,23 @@ def ids(results: list[RolloutResult]) -> list[str]:
 
 
 # --- submit, wait --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["hello", None, 5, [1, 2]])
+async def test_a_prompt_that_is_no_mapping_is_refused_and_nothing_queued(
+    prompt: Any, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+        workflow = Instant()
+        for is_eval in (False, True):
+            with pytest.raises(UsageError, match=f"a mapping, .* not {type(prompt).__name__}"):
+                executor.submit(prompt, workflow, task_id="it", is_eval=is_eval)
+        with pytest.raises(UsageError, match="a prompt is a mapping"):
+            await executor.rollout_batch([{}, prompt], workflow)
+        assert executor.counts.submitted == executor.eval_counts.submitted == 0
+        executor.submit({}, workflow, task_id="it")
+        assert ids(await executor.wait(1)) == ["it"]
+        assert workflow.runs == 1
 
 
 async def test_every_submission_has_one_result(autojump_clock: Clock) -> None:
@@ -798,6 +817,46 @@ async def test_a_workflow_that_ends_the_program_ends_the_run_with_an_ordinary_er
     assert isinstance(cause, BaseExceptionGroup)
     assert cause.exceptions == (error,)
     check_closed(executor, fleet)
+
+
+class CancelsItself:
+    async def arun_episode(self, engine: Any, data: Prompt, /) -> Any:
+        if data["prompt_id"] == 0:
+            raise asyncio.CancelledError
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.arun_episode, engine, {"prompt_id": 0})
+
+
+async def test_a_cancellation_of_asyncio_is_one_workflows_failure(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+        for prompt in prompts(2):  # as it is, and out of a nursery
+            executor.submit(prompt, CancelsItself())
+        executor.submit({"prompt_id": 2}, Instant())
+        *cancelled, other = await executor.wait(3)
+        for result in cancelled:
+            assert result.outcome is Outcome.FAILED
+            assert result.failure is not None
+            assert result.failure.kind is FailureKind.WORKFLOW
+            assert isinstance(result.failure.error, WorkflowError)
+            assert result.failure.error.__cause__ is not None
+            assert "CancelsItself raised asyncio.CancelledError" in str(result.failure)
+        assert other.outcome is Outcome.ACCEPTED
+
+
+async def test_a_crash_hides_no_error_of_the_block(autojump_clock: Clock) -> None:
+    error, crash = ZeroDivisionError("the block's"), SystemExit(3)
+    puppet = Puppet()
+    with pytest.raises(RolloutCrashed) as caught:  # noqa: PT012 - the block's own end raises
+        async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+            executor.submit({}, puppet)
+            await settled()
+            puppet.end_all(crash)
+            raise error
+    cause = caught.value.__cause__
+    assert isinstance(cause, BaseExceptionGroup)
+    assert cause.exceptions == (crash,)
+    assert cause.__context__ is error
+    assert str(error) in "".join(traceback.format_exception(caught.value))
 
 
 async def test_ctrl_c_in_a_workflow_is_not_hidden(autojump_clock: Clock) -> None:

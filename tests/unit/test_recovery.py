@@ -76,6 +76,23 @@ async def test_one_that_failed_starts_nothing_until_the_next_succeeds(
         assert len(puppet.started) == 1
 
 
+async def test_after_one_that_failed_an_update_is_as_good(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        with pytest.raises(WeightUpdateError):
+            await executor.recover(7, WeightUpdate.from_disk("/nowhere", 7))
+        puppet = Puppet()
+        executor.submit({}, puppet)
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(8), 8))
+        await settled()
+        assert len(puppet.started) == 1
+        assert not executor.status().admission.recovering
+        assert executor.staleness_manager.get_stats().accepted == 16
+        puppet.end_all()
+        assert (await executor.wait(1))[0].outcome is Outcome.ACCEPTED
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(9), 9))
+        assert executor.staleness_manager.charged == 1
+
+
 async def test_it_comes_first_and_is_of_one_version(autojump_clock: Clock) -> None:
     async with simulated_executor(servers=1, consumer_batch_size=1) as (executor, _):
         with pytest.raises(UsageError, match="update to 8"):
