@@ -8,11 +8,11 @@ how it is looked after in ``supervision``.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVarTuple
 
 import trio
 
@@ -33,6 +33,8 @@ from .scheduling import CAP_MAX, DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePoli
 from .transport import StreamedResponse, Transport
 from .types import HttpRequest, HttpResponse, PauseMode, TimeLimits
 from .wire.dialect import Dialect, ServerInfo, ServerLoad
+
+Ts = TypeVarTuple("Ts")
 
 SETUP_INTERVAL_S = 0.25  # between two looks at a server that is not up yet
 
@@ -108,6 +110,7 @@ class Server:
     changed: trio.Event = field(default_factory=trio.Event)
     emptied: trio.Event | None = None  # of those who wait until nothing is in flight on it
     control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
+    pause_lock: trio.Lock = field(default_factory=trio.Lock)  # pauses and resumes land in order
     restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
     in_flight: set[trio.CancelScope] = field(default_factory=set)
 
@@ -786,12 +789,12 @@ class ServerPool:
             self._hold(chosen)
             if drain:
                 await self._until_empty(chosen)
-            await self._each(chosen, request, limit_s, failed)
+            await self._each(self._pause, chosen, failed, request, limit_s)
             yield failed
         finally:
             self._pauses -= whole_pool
             with trio.CancelScope(shield=True):  # each request is bounded by control_timeout_s
-                await self._let_go(chosen)
+                await self._each(self._let_go, chosen, {})
             if whole_pool:
                 self._announce_end_of_pause()
 
@@ -808,19 +811,41 @@ class ServerPool:
                     server.emptied = server.emptied or trio.Event()
                     await server.emptied.wait()
 
-    async def _let_go(self, servers: Sequence[Server]) -> None:
-        """Resume the servers that no other scope holds."""
-        for server in servers:
+    async def _pause(self, server: Server, request: HttpRequest, limit_s: float) -> None:
+        async with server.pause_lock:
+            await self.control(server, request, limit_s)
+
+    async def _let_go(self, server: Server) -> None:
+        """End a scope's hold on a server; it goes on where no other scope holds it.
+
+        It is held until it was resumed: a scope that begins meanwhile pauses it after that.
+        """
+        try:
+            if server.held == 1:  # else another scope resumes it: no need to wait for the lock
+                await self._resume_last_held(server)
+        except RolloutError as exc:
+            server.frozen = True
+            self.mark_stale(server, f"not resumed: {exc}")
+        finally:
             server.held -= 1
-        last = [s for s in servers if not s.held and not s.frozen]
-        failed: dict[str, str] = {}
-        await self._each(last, self.dialect.resume(), self.config.control_timeout_s, failed)
-        for server in last:
-            if server.address in failed:
-                server.frozen = True
-                self.mark_stale(server, f"not resumed: {failed[server.address]}")
-            elif server.state is ServerState.PAUSED and not server.held:
-                self.set_state(server, ServerState.READY)
+        if server.state is ServerState.PAUSED and not server.held and not server.frozen:
+            self.set_state(server, ServerState.READY)
+
+    async def _resume_last_held(self, server: Server) -> None:
+        async with server.pause_lock:
+            if server.held == 1 and not server.frozen:
+                await self.control(server, self.dialect.resume(), self.config.control_timeout_s)
+
+    async def resume(self, server: Server) -> None:
+        """Let a frozen server generate; one that a scope holds stays as it is, until that ends.
+
+        Raises:
+            RolloutError: If the server did not confirm it.
+        """
+        async with server.pause_lock:
+            if not self.is_held(server):
+                await self.control(server, self.dialect.resume(), self.config.control_timeout_s)
+                server.frozen = False
 
     def _announce_end_of_pause(self) -> None:
         """Wake the probes of servers that could have come back meanwhile."""
@@ -830,16 +855,16 @@ class ServerPool:
 
     async def _each(
         self,
-        servers: Sequence[Server],
-        request: HttpRequest,
-        limit_s: float,
+        act: Callable[[Server, *Ts], Awaitable[None]],
+        servers: Iterable[Server],
         failed: dict[str, str],
+        *args: *Ts,
     ) -> None:
-        """Send one control request to several servers at once; note who failed, and go on."""
+        """Do the same with several servers at once; note who failed, and go on."""
 
         async def one(server: Server) -> None:
             try:
-                await self.control(server, request, limit_s)
+                await act(server, *args)
             except RolloutError as exc:
                 failed[server.address] = str(exc)
 
@@ -857,11 +882,20 @@ class ServerPool:
         """
         server.frozen = server.tainted = True
         self.mark_stale(server, reason)
-        failed: dict[str, str] = {}
         limit_s = self.config.abort_timeout_s
-        await self._each([server], self.dialect.pause("abort"), limit_s, failed)
-        if failed:
-            self.cut_off(server)
+        with trio.move_on_after(limit_s), suppress(RolloutError):
+            await self.halt(server, limit_s)
+            return
+        self.cut_off(server)
+
+    async def halt(self, server: Server, limit_s: float) -> None:
+        """Have a server return what it generates, and generate no more until it has weights.
+
+        Raises:
+            RolloutError: If it did not confirm that; it is taken to be frozen all the same.
+        """
+        server.frozen = server.tainted = True
+        await self._pause(server, self.dialect.pause("abort"), limit_s)
 
 
 def _can_pause(server: Server) -> bool:

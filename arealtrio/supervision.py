@@ -121,8 +121,7 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     await pool.confirm(server, version)
     server.tainted = False
     if server.frozen:
-        await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
-        server.frozen = False
+        await pool.resume(server)
     return version
 
 
@@ -176,8 +175,7 @@ async def _load(pool: ServerPool, server: Server, recipe: Sequence[HttpRequest])
     """Load weights, under nobody's feet: what an ejected server still generates is returned."""
     if not recipe:
         return
-    server.frozen = server.tainted = True
-    await pool.control(server, pool.dialect.pause("abort"), pool.config.control_timeout_s)
+    await pool.halt(server, pool.config.control_timeout_s)
     for request in recipe:
         await pool.control(server, request, pool.config.update_timeout_s)
 

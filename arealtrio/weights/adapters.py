@@ -51,4 +51,4 @@ async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     await pool.control(server, request, pool.config.update_timeout_s)
     await pool.label(server, adapter.version)
     if server.frozen:
-        await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
+        await pool.resume(server)

@@ -17,7 +17,7 @@ from ..servers import Server, ServerPool, ServerState
 from ..types import HttpRequest
 from .adapters import load_adapter_everywhere
 from .distributed import check_members, receive_everywhere
-from .steps import updated
+from .steps import lacks_weights, updated
 from .update import WeightUpdate, WeightUpdateResult
 
 
@@ -123,6 +123,10 @@ async def _load_one(
         if server.address in failed:  # it could not be paused, so nothing is known about it
             await pool.freeze(server, f"{words}: {failed[server.address]}")
             return
+        if update.kind == "label" and (reason := lacks_weights(pool, server)):
+            failed[server.address] = f"{reason}; a label alone does not mend that"
+            pool.mark_stale(server, f"{words}: {failed[server.address]}")
+            return
         try:
             await _send(pool, server, update)
         except RolloutError as exc:
@@ -139,8 +143,6 @@ async def _load_one(
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     if update.kind == "label":
         await pool.label(server, update.version)
-        if server.frozen:
-            await pool.control(server, pool.dialect.resume(), pool.config.control_timeout_s)
         return
     await wake(pool, server, ("weights",))
     server.told = update.version

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from ..servers import Server, ServerPool, ServerState
+from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from .update import WeightUpdate
+
+
+def lacks_weights(pool: ServerPool, server: Server) -> str:
+    """Why a label would name weights that a server may not have; empty where the trainer knows.
+
+    One that is out of service and frozen was out of the trainer's reach, whatever it has.
+    """
+    if server.tainted and "weights" in server.asleep:
+        return "its weights did not survive its sleep, and it was not woken for others"
+    if server.state in IN_SERVICE:
+        return ""
+    if server.frozen or server.tainted:
+        return f"it is {server.state.value} ({server.reason})"
+    if server.base_version < pool.base_version or server.version < pool.version:
+        return f"it has version {server.version}, not {pool.version}"
+    return ""
 
 
 def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:

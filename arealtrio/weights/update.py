@@ -226,6 +226,10 @@ class WeightUpdate:
     def label(cls, version: int) -> Self:
         """No weights, only the label: the trainer moved them itself, or withholds them.
 
+        It says that the trainer moved the weights on every server in service. One that is out of
+        service, and missed an update or was frozen, is named in ``failed`` and stays out: a label
+        would give the wrong name to what it has.
+
         Args:
             version: The version after the update.
 

@@ -211,3 +211,19 @@ async def test_what_can_not_be_unloaded_is_said_and_left(
         await trio.testing.wait_all_tasks_blocked()
         assert "keeps x-v1 loaded: no answer" in caplog.text
         assert states(engine) == ["ready"]
+
+
+async def test_an_adapter_resumes_no_server_that_a_pause_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, "vllm") as (engine, seen):
+        server = engine.pool.servers[1]
+        async with engine.paused():
+            server.frozen = True  # as one that was not resumed before
+            engine.pool.mark_stale(server, "the test says so")
+            result = await update_weights(engine.pool, lora(tmp_path, 1))
+            assert server.address in result.updated
+            assert "/resume" not in seen.paths(server.address)
+            assert states(engine) == ["paused", "paused"]
+        assert "/resume" in seen.paths(server.address)
+        assert states(engine) == ["ready", "ready"]

@@ -527,6 +527,121 @@ async def test_a_server_goes_on_when_the_last_pause_that_holds_it_ends(
         assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
 
 
+@pytest.mark.parametrize("begins_after_s", [0.1, 0.4, 0.6])
+async def test_a_pause_that_begins_while_another_ends_holds(
+    begins_after_s: float, autojump_clock: Clock
+) -> None:
+    """Its own request must not overtake the resumption that is under way."""
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: 0.5 if path == "/resume" else 0.01
+        ends = trio.Event()
+
+        async def first() -> None:
+            async with engine.paused():
+                await ends.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first)
+            await trio.sleep(1)
+            ends.set()
+            await trio.sleep(begins_after_s)
+            async with engine.paused() as failed:
+                await trio.sleep(5)
+                assert failed == {}
+                assert [s.scheduler.pause_mode for s in faulty.fleet] == ["keep", "keep"]
+                assert states(engine) == ["paused", "paused"]
+        assert states(engine) == ["ready", "ready"]
+        assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
+        assert not any(server.held for server in engine.pool.servers)
+
+
+async def test_no_weights_are_loaded_into_a_server_that_a_pause_before_resumes(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: {"/resume": 0.5, "/collective_rpc": 0.5}.get(path, 0.05)
+        paused: list[str | None] = []
+
+        def look(address: str, request: HttpRequest) -> None:
+            if request.path == "/collective_rpc":
+                at = faulty.fleet.addresses.index(address)
+                paused.append(faulty.fleet.servers[at].scheduler.pause_mode)
+
+        async def pause() -> None:
+            async with engine.paused():
+                await trio.sleep(1)
+
+        faulty.fault = look
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pause)
+            await trio.sleep(1.2)
+            await update_weights(engine.pool, disk(1))
+        assert paused
+        assert set(paused) == {"keep"}
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_a_pause_that_is_cancelled_as_it_begins_leaves_the_end_of_another_alone(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: 0.5 if path == "/resume" else 0.0
+
+        async def cut_short() -> None:
+            await trio.sleep(1.1)
+            with trio.move_on_after(0.1):
+                async with engine.paused():
+                    raise AssertionError("it waits for the other's end")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut_short)
+            async with engine.paused():
+                await trio.sleep(1)
+        assert states(engine) == ["ready", "ready"]
+        assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
+        assert not any(server.held for server in engine.pool.servers)
+
+
+async def test_the_end_of_a_pause_waits_for_no_other_that_begins(autojump_clock: Clock) -> None:
+    """One that lets everything finish may take minutes; the other's release does not."""
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: 100.0 if path.endswith("mode=wait") else 0.0
+
+        async def wait() -> None:
+            async with engine.paused("wait"):
+                pass
+
+        async with trio.open_nursery() as nursery:
+            async with engine.paused():
+                nursery.start_soon(wait)
+                await trio.sleep(1)
+            assert trio.current_time() < 50
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_a_cancelled_pause_resumes_every_server(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: 0.5 if path == "/resume" else 0.0
+        with trio.move_on_after(1) as scope:
+            async with engine.paused():
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_the_end_of_an_update_resumes_no_server_that_failed_it(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        bad = faulty.fleet.addresses[1]
+        faulty.fault = refuses_to_load(bad)
+        await update_weights(engine.pool, disk(1))
+        assert (bad, "/resume") not in faulty.asked
+        assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, "abort"]
+        assert states(engine) == ["ready", "stale"]
+
+
 async def test_a_server_that_comes_back_waits_for_the_end_of_a_pause(
     autojump_clock: Clock,
 ) -> None:

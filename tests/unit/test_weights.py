@@ -184,6 +184,48 @@ async def test_a_label_alone_moves_the_version_and_the_servers_reports(
         assert answer.versions_exact
 
 
+async def test_a_label_brings_no_server_back_that_missed_the_weights(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        good, bad = faulty.fleet.addresses
+        faulty.fault = refuses_to_load(bad)
+        await update_weights(engine.pool, disk(1))
+        result = await update_weights(engine.pool, WeightUpdate.label(2))
+        assert result.updated == (good,)
+        assert "a label alone does not mend that" in result.failed[bad]
+        assert engine.get_version() == 2
+        assert states(engine) == ["ready", "stale"]
+        faulty.fault = lambda *_: None
+        await trio.sleep(200)
+        assert states(engine) == ["ready", "stale"]
+        assert not (await update_weights(engine.pool, disk(3))).failed
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_a_label_brings_no_server_back_that_is_behind_though_it_is_sound(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        await update_weights(engine.pool, disk(1))
+        behind = engine.pool.servers[1]
+        behind.version = behind.base_version = 0
+        engine.pool.mark_stale(behind, "the test says so")
+        result = await update_weights(engine.pool, WeightUpdate.label(2))
+        assert "it has version 0, not 1" in result.failed[behind.address]
+        assert states(engine) == ["ready", "stale"]
+        assert [s.scheduler.weight_version for s in faulty.fleet] == ["2", "1"]
+
+
+async def test_a_label_resumes_no_server_that_a_pause_holds(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, faulty):
+        await engine.pool.freeze(engine.pool.servers[1], "the test says so")
+        async with engine.paused():
+            await update_weights(engine.pool, WeightUpdate.label(1))
+            assert [s.scheduler.pause_mode for s in faulty.fleet] == ["keep", "keep"]
+            assert states(engine) == ["paused", "stale"]
+
+
 @pytest.mark.parametrize("status", [404, 405])
 async def test_a_server_without_a_label_route_keeps_its_word(
     status: int, autojump_clock: Clock
