@@ -415,7 +415,7 @@ class ServerPool:
         server.cap = cap
         if server.trial_cap is not None and server.trial_cap >= cap:
             server.trial_cap = None
-        self.set_state(server, server.state, server.reason)
+        self._apply_cap(server)
 
     def relieve(self, server: Server, cap: int | None) -> None:
         """Hold a server below its cap while it is short of cache; None lets it have its cap.
@@ -725,18 +725,23 @@ class ServerPool:
         self.set_state(server, ServerState.READY)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every server is ready, but those that are leaving.
+        """Wait until every server is ready, but those that are leaving, and there is one.
 
         Raises:
             NoServerAvailable: If one is not within ``timeout_s``; each is named, with the reason.
         """
         with trio.move_on_after(timeout_s):
-            while self._not_ready():
+            while self._not_ready() or not self._has_ready:
                 await self.service_changed.wait()
             return
         missing = self._not_ready()
         words = "; ".join(f"{s.address} is {s.state.value} ({s.reason})" for s in missing)
+        words = words or "there is no server, or all are leaving"
         raise NoServerAvailable(f"not ready within {timeout_s:g} s: {words}")
+
+    @property
+    def _has_ready(self) -> bool:
+        return any(server.state is ServerState.READY for server in self.servers)
 
     def _not_ready(self) -> list[Server]:
         fine = (ServerState.READY, *LEAVING)

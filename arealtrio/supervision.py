@@ -70,8 +70,8 @@ async def _bring_back(pool: ServerPool, server: Server) -> None:
     while server.state in OUT_OF_ORDER:
         with trio.move_on_after(_probe_interval_s(pool, server)):
             await server.changed.wait()
-        server.probes += 1
         if server.state in OUT_OF_ORDER and not pool.is_held(server):
+            server.probes += 1
             await _try_to_bring_back(pool, server)
 
 
@@ -79,7 +79,8 @@ def _probe_interval_s(pool: ServerPool, server: Server) -> float:
     """Seconds until the next look. Starting is no failure: a server that joins is not put off."""
     config = pool.config
     if server.state is ServerState.JOINING:
-        return config.probe_interval_s if server.probes else 0.0
+        now = not server.probes and not pool.is_held(server)
+        return 0.0 if now else config.probe_interval_s
     doublings = min(server.probes, 60)  # a float has room for them
     return min(config.probe_interval_s * 2.0**doublings, config.probe_interval_max_s)
 

@@ -7,13 +7,13 @@ server that failed is out of service, and the result names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
 from ..errors import RolloutError, WeightUpdateError
 from ..memory import wake
-from ..servers import Server, ServerPool, ServerState
+from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from ..types import HttpRequest
 from .adapters import load_adapter_everywhere
 from .distributed import check_members, receive_everywhere
@@ -42,14 +42,19 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
 
 async def _update_all(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
     started = trio.current_time()
-    servers = [s for s in pool.servers if s.state in _TAKE_UPDATES]
+    servers = _takers(pool.servers)
     failed: dict[str, str] = {}
+    attempted: list[Server] = []
     pool.told(update.version)
-    for batch in [[server] for server in servers] if update.rolling else [servers]:
+    for turn in [[server] for server in servers] if update.rolling else [servers]:
+        batch = _takers(turn)  # who went out of service meanwhile is not paused any more
+        attempted += batch
         await _update(pool, batch, update, failed)
     result = WeightUpdateResult(
         version=update.version,
-        updated=tuple(s.address for s in servers if s.address not in failed),
+        updated=tuple(
+            s.address for s in attempted if s.address not in failed and s.state in IN_SERVICE
+        ),
         failed=failed,
         seconds=trio.current_time() - started,
     )
@@ -60,8 +65,13 @@ async def _update_all(pool: ServerPool, update: WeightUpdate) -> WeightUpdateRes
 _TAKE_UPDATES = (ServerState.READY, ServerState.PAUSED, ServerState.STALE)
 
 
+def _takers(servers: Iterable[Server]) -> list[Server]:
+    """Those that take an update now; one that is ejected comes back by way of supervision."""
+    return [server for server in servers if server.state in _TAKE_UPDATES]
+
+
 def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult) -> None:
-    needed = min(pool.config.min_updated, len(pool.servers))
+    needed = max(1, min(pool.config.min_updated, len(pool.servers)))
     if len(result.updated) < needed:
         words = "; ".join(f"{address}: {error}" for address, error in result.failed.items())
         raise WeightUpdateError(

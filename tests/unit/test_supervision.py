@@ -24,7 +24,7 @@ from arealtrio.errors import (
 from arealtrio.servers import Server, ServerState
 from arealtrio.testing import EOS, checkpoint, made_by
 from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse
-from arealtrio.weights import WeightUpdate, update_weights
+from arealtrio.weights import WeightUpdate, WeightUpdateResult, update_weights
 
 from .faulty import faulty_engine, refuses, refuses_to_load
 from .puppet import Deferred, settled
@@ -512,6 +512,140 @@ async def test_no_server_is_paused_by_an_update_that_reaches_none(autojump_clock
         assert not any(path.startswith("/pause") for _, path in faulty.asked)
 
 
+async def test_a_server_that_returned_while_an_update_was_under_way_has_missed_it(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine(load_time_s=50.0) as (engine, _):
+        engine.pool.set_state(engine.pool.servers[1], ServerState.EJECTED, "the test says so")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(update_weights, engine.pool, disk(1))
+            await until_states(engine, "paused", "ready")
+            assert engine.pool.servers[1].version == 0
+        assert states(engine) == ["ready", "stale"]
+        assert "missed the update to version 1" in engine.statistics()[1].reason
+        await until_states(engine, "ready", "ready")
+        assert [row.version for row in engine.statistics()] == [1, 1]
+
+
+async def test_a_look_that_an_update_overtook_brings_no_server_back(
+    autojump_clock: Clock,
+) -> None:
+    """It found the server well, with the weights that were current when it began."""
+    async with faulty_engine() as (engine, faulty):
+        late, other = faulty.fleet.addresses
+        slow = trio.Event()
+
+        async def hold(server: Server, version: int) -> None:
+            await confirm(server, version)
+            if server.address == late and version == 0:
+                slow.set()
+                await trio.sleep(30)
+
+        confirm, engine.pool.confirm = engine.pool.confirm, hold  # type: ignore[method-assign]
+        engine.pool.set_state(engine.pool.servers[0], ServerState.EJECTED, "the test says so")
+        await slow.wait()
+        result = await update_weights(engine.pool, disk(1))
+        assert result.updated == (other,)
+        await until(engine, lambda: states(engine)[0] == "ready")
+        assert engine.statistics()[0].version == 1
+        check_exact(await engine.agenerate(ModelRequest([3])))
+
+
+async def test_a_look_that_a_pause_overtook_brings_no_server_back(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, faulty):
+        faulty.delay_s = lambda path: 5.0 if path == "/health" else 0.0
+        engine.pool.set_state(engine.pool.servers[0], ServerState.EJECTED, "the test says so")
+        await trio.sleep(engine.config.probe_interval_s + 1)
+        assert engine.pool.servers[0].restoring is not None
+        async with engine.paused():
+            await trio.sleep(100)
+            assert states(engine) == ["ejected", "paused"]
+        await until_states(engine, "ready", "ready")
+
+
+async def test_what_an_ejected_server_still_generates_is_returned_before_it_loads(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        await update_weights(engine.pool, disk(1))
+        back = engine.pool.servers[0]
+        running: list[int] = []
+
+        def look(address: str, request: HttpRequest) -> None:
+            if (address, request.path) == (back.address, "/collective_rpc"):
+                running.append(len(faulty.fleet.servers[0].scheduler.running))
+
+        async with trio.open_nursery() as nursery:
+            calls = [Deferred(nursery, engine.agenerate, ModelRequest([t])) for t in range(4)]
+            await trio.sleep(0.5)
+            assert faulty.fleet.servers[0].scheduler.running
+            faulty.fault = look
+            faulty.asked.clear()
+            engine.pool.set_state(back, ServerState.EJECTED, "the test says so")
+            await update_weights(engine.pool, disk(2))
+            await until_states(engine, "ready", "ready")
+        assert set(running) == {0}
+        for call in calls:
+            check_exact(call.value)
+        paths = [path for address, path in faulty.asked if address == back.address]
+        pauses = [i for i, path in enumerate(paths) if path.startswith("/pause?mode=abort")]
+        assert pauses[0] < paths.index("/collective_rpc")
+
+
+# --- rolling updates ----------------------------------------------------------------------------
+
+
+async def test_a_rolling_update_passes_by_who_went_out_of_service_before_its_turn(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine(servers=4, load_time_s=10.0) as (engine, faulty):
+        first, ejected, removed, last = faulty.fleet.addresses
+        results: list[WeightUpdateResult] = []
+
+        async def update() -> None:
+            update = WeightUpdate.from_disk(checkpoint(1), 1, rolling=True)
+            results.append(await update_weights(engine.pool, update))
+
+        faulty.asked.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(update)
+            await trio.sleep(5)
+            assert states(engine) == ["paused", "ready", "ready", "ready"]
+            faulty.fleet.servers[1].die()
+            engine.pool.set_state(engine.pool.servers[1], ServerState.EJECTED, "it died")
+            engine.pool.remove(removed)
+        assert results[0].updated == (first, last)
+        assert results[0].failed == {}
+        assert not [path for at, path in faulty.asked if at == removed and path != "/health"]
+        loads = [at for at, path in faulty.asked if path == "/collective_rpc"]
+        assert ejected not in loads
+        faulty.fleet.servers[1].restart()
+        await until_states(engine, "ready", "ready", "ready")
+        assert [row.version for row in engine.statistics()] == [1, 1, 1]
+
+
+async def test_a_server_removed_while_it_loads_is_not_counted(autojump_clock: Clock) -> None:
+    async with faulty_engine(load_time_s=10.0) as (engine, faulty):
+        results: list[WeightUpdateResult] = []
+
+        async def update() -> None:
+            results.append(await update_weights(engine.pool, disk(1)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(update)
+            await trio.sleep(5)
+            engine.pool.remove(faulty.fleet.addresses[1])
+        assert results[0].updated == faulty.fleet.addresses[:1]
+
+
+async def test_an_update_of_no_server_at_all_fails(autojump_clock: Clock) -> None:
+    async with faulty_engine(servers=1) as (engine, faulty):
+        engine.pool.remove(faulty.fleet.addresses[0])
+        with pytest.raises(WeightUpdateError, match="no server is in service"):
+            await update_weights(engine.pool, WeightUpdate.label(1))
+        assert engine.get_version() == 0
+
+
 # --- pauses -------------------------------------------------------------------------------------
 
 
@@ -803,6 +937,42 @@ async def test_a_cap_changes_while_rollouts_run(autojump_clock: Clock) -> None:
         assert engine.statistics()[0].cap == 0
         with pytest.raises(UsageError, match="not in the pool"):
             engine.pool.set_cap("http://nobody:1", 1)
+
+
+async def test_a_cap_changes_no_probe_of_a_server_that_is_out(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, faulty):
+        server = engine.pool.servers[0]
+        faulty.fleet.servers[0].die()
+        engine.pool.mark_stale(server, "the test says so")
+        await settled()
+        probes = server.probes
+        faulty.asked.clear()
+        for cap in range(1, 11):
+            engine.pool.set_cap(server.address, cap)
+            await settled()
+        assert not faulty.asked
+        assert server.probes == probes
+
+
+async def test_a_look_that_a_pause_forbids_puts_no_server_off(autojump_clock: Clock) -> None:
+    async with faulty_engine(servers=2, named=1) as (engine, faulty):
+        async with engine.paused():
+            late = engine.pool.add(faulty.fleet.addresses[1])
+            await trio.sleep(100)
+            assert late.probes == 0
+            assert states(engine) == ["paused", "joining"]
+        await settled()
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_wait_ready_waits_for_a_server_where_there_is_none(autojump_clock: Clock) -> None:
+    async with faulty_engine(servers=1) as (engine, faulty):
+        engine.pool.remove(faulty.fleet.addresses[0])
+        with pytest.raises(NoServerAvailable, match="there is no server"):
+            await engine.pool.wait_ready(5.0)
+        engine.pool.add(faulty.fleet.addresses[0])
+        await engine.pool.wait_ready(5.0)
+        assert states(engine) == ["ready"]
 
 
 async def test_wait_ready_names_what_is_not_and_ignores_what_is_leaving(
