@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -23,6 +24,11 @@ QUEUE_ORDERS = ("fifo", "deadline", "longest_expected")
 STRAGGLER_POLICIES = ("wait", "keep", "requeue", "drop")
 PRIORITIES = ("eval", "train")
 
+CONCURRENCY_MAX = 2**23 - 1  # what the counters of admission hold
+BUDGET_MAX = 2**38  # half of what they hold of groups: it moves up with every version
+CAP_MAX = 2**20  # what the heap of servers holds
+COUNT_MAX = 2**48  # anything else: more is a mistake
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
@@ -38,7 +44,8 @@ class RolloutConfig:
             ``max_head_offpolicyness``). 0 is synchronous; AReaL used 4 for code and 8 for
             mathematics. Higher hides longer answers behind training, and trains on older ones.
         max_concurrent_rollouts: Rollouts (members of groups) in flight at most. None:
-            ``consumer_batch_size`` groups' worth, counted when the first group size is known.
+            ``consumer_batch_size`` groups' worth of the largest training group so far; evaluation
+            may fill as many slots with its own.
             Choose the sum of the servers' caps, or a little above it while rewards take time.
         schedule_policy: ``least_request`` sends to the server with the least outstanding ÷ cap;
             ``round_robin`` takes strict turns, which leaves servers idle behind long answers.
@@ -77,10 +84,11 @@ class RolloutConfig:
         ca_file: Certificate authorities, in PEM, that https servers are checked against; None takes
             the system's. For more (client certificates, another authority for each server), pass
             ``open_engine`` an ``HttpTransport(ssl_context=…)``.
-        max_consecutive_failures: Groups that may fail in a row before a waiting call ends with
+        max_consecutive_failures: Groups that may fail in a row before ``prepare_batch`` ends with
             TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
-        max_failure_ratio: Share of failures among the last ``failure_window`` groups above which a
-            waiting call ends with TooManyFailures. 1 is never.
+            ``wait`` and ``rollout_batch`` return each failure to their caller instead.
+        max_failure_ratio: Share of failures among the last ``failure_window`` groups above which
+            ``prepare_batch`` ends with TooManyFailures. 1 is never.
         failure_window: Groups looked at for it; with fewer settled it is not asked.
         max_interruptions: How often one generation may be aborted by its server and sent again.
         allow_inexact_resume: Let a generation go on after an interruption also where the result may
@@ -128,7 +136,8 @@ class RolloutConfig:
         pressure_interval_s: Between two looks at a server's metrics for it. Choose some tens of
             decode steps.
         setup_timeout_s: Until all servers answer at the start.
-        close_timeout_s: For running rollouts to leave when the executor closes.
+        close_timeout_s: Until rollouts that have not left when the executor closes are named in a
+            warning. They are waited for all the same: a task can not be ended from outside.
         stall_warning_s: With rollouts unsettled and none settled for so long, a table of what each
             does is logged. Choose it above your longest answer.
         slow_step_warning_s: User code that keeps the event loop for longer is named in a warning.
@@ -190,8 +199,8 @@ class RolloutConfig:
     min_updated: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.servers, str):
-            raise ConfigError("servers must be a list of URLs, not one string")
+        if isinstance(self.servers, str) or not isinstance(self.servers, Iterable):
+            raise ConfigError(f"servers must be a list of URLs, not {self.servers!r}")
         object.__setattr__(self, "servers", tuple(normalise_address(s) for s in self.servers))
         self._check_servers()
         _one_of("backend", self.backend, BACKENDS)
@@ -202,13 +211,22 @@ class RolloutConfig:
         self._check_counts()
         self._check_caps()
         self._check_headers()
+        self._check_rest()
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
             _finite_positive(name, getattr(self, name))
 
-        if not 0 <= self.max_failure_ratio <= 1:
-            raise ConfigError(
-                f"max_failure_ratio must be between 0 and 1, not {self.max_failure_ratio!r}"
-            )
+    def _check_rest(self) -> None:
+        for name in ("allow_inexact_resume", "streaming", "adaptive_caps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        ratio = self.max_failure_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ConfigError(f"max_failure_ratio must be between 0 and 1, not {ratio!r}")
+        if self.model is not None and not isinstance(self.model, str):
+            raise ConfigError(f"model must be a name or None, not {self.model!r}")
+        ca_file = self.ca_file
+        if ca_file is not None and not (isinstance(ca_file, str) and os.path.isfile(ca_file)):
+            raise ConfigError(f"ca_file {ca_file!r} is no file that can be read here")
 
     def _check_servers(self) -> None:
         twice = sorted({s for s in self.servers if list(self.servers).count(s) > 1})
@@ -237,8 +255,14 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+            _count(name, value, least, _LARGEST.get(name, COUNT_MAX))
+        _integer_from("seed", self.seed, 0)
+        if (self.max_staleness + 1) * self.consumer_batch_size > BUDGET_MAX:
+            raise ConfigError(
+                f"(max_staleness + 1) * consumer_batch_size must be at most {BUDGET_MAX}: "
+                f"max_staleness is {self.max_staleness}, consumer_batch_size "
+                f"{self.consumer_batch_size}"
+            )
         if self.servers and self.min_updated > len(self.servers):
             raise ConfigError(
                 f"min_updated is {self.min_updated}, but there are only {len(self.servers)} servers"
@@ -256,13 +280,15 @@ class RolloutConfig:
                 )
             object.__setattr__(self, "max_requests_per_server", named)
         for cap in caps.values() if isinstance(caps, Mapping) else [caps]:
-            if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
-                raise ConfigError(
-                    f"max_requests_per_server must be an integer of at least 1, not {cap!r}"
-                )
+            if cap is not None:
+                _count("max_requests_per_server", cap, 1, CAP_MAX)
 
     def _check_headers(self) -> None:
         """Names and values alone are checked here, and never repeated: they hold secrets."""
+        if not isinstance(self.server_headers, Mapping):
+            raise ConfigError("server_headers must be a mapping from servers to their headers")
+        if not all(isinstance(h, Mapping) for h in (self.headers, *self.server_headers.values())):
+            raise ConfigError("headers are a mapping from names to values")
         named = {normalise_address(s): dict(h) for s, h in self.server_headers.items()}
         object.__setattr__(self, "server_headers", named)
         for headers in (self.headers, *named.values()):
@@ -308,10 +334,17 @@ class RolloutConfig:
 
 
 _OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size", "segment_tokens"}
+_LARGEST = {
+    "max_concurrent_rollouts": CONCURRENCY_MAX,
+    "consumer_batch_size": CONCURRENCY_MAX,  # which it is, where no other limit is given
+}
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def normalise_address(server: str) -> str:
-    """Return ``scheme://host:port`` without a trailing slash, so that one server has one name.
+    """Return one name for a server: no trailing slash, and no port where it is the scheme's own.
 
     Raises:
         ConfigError: If it is not an http(s) URL with a host, or carries a query or a fragment.
@@ -330,20 +363,26 @@ def normalise_address(server: str) -> str:
             "a server's URL has no query, fragment or credentials; put credentials into headers"
         )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    authority = host if port is None else f"{host}:{port}"
+    authority = host if port in (None, _DEFAULT_PORTS[parts.scheme]) else f"{host}:{port}"
     return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}"
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def _integer_from(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+def _count(name: str, value: int, least: int, most: int) -> None:
+    _integer_from(name, value, least)
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, not {value!r}")
+
+
 def _finite_positive(name: str, value: object) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigError(f"{name} must be a finite number of seconds above 0, not {value!r}")
