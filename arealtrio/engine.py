@@ -467,18 +467,19 @@ async def open_engine(
                 try:
                     yield engine
                 finally:
-                    await _wake_at_the_end(engine)
+                    await _wake_and_resume_at_the_end(engine)
     finally:
         if own:
             with trio.CancelScope(shield=True):
                 await transport.aclose()
 
 
-async def _wake_at_the_end(engine: RemoteEngine) -> None:
-    """Leave no server asleep that was put to sleep here; bounded by ``close_timeout_s``."""
-    if engine.memory.is_lent:
-        with trio.move_on_after(engine.config.close_timeout_s, shield=True):
+async def _wake_and_resume_at_the_end(engine: RemoteEngine) -> None:
+    """Leave no server asleep or paused that was made so here; bounded by ``close_timeout_s``."""
+    with trio.move_on_after(engine.config.close_timeout_s, shield=True):
+        if engine.memory.is_lent:
             await engine.memory.onload()
+        await engine.pool.resume_held()
 
 
 def _check_vocabulary_is_known(pool: ServerPool) -> None:

@@ -28,6 +28,7 @@ class Memory:
         self._lock = trio.Lock()
         self._pause: AsyncExitStack | None = None  # holds the pool while anything sleeps
         self._not_paused: dict[str, str] = {}
+        self._put_to_sleep: set[Server] = set()  # also those that were removed meanwhile
 
     @property
     def is_lent(self) -> bool:
@@ -65,6 +66,7 @@ class Memory:
                 async with trio.open_nursery() as nursery:
                     for server in self._pool.servers:
                         if server.address not in failed:
+                            self._put_to_sleep.add(server)
                             nursery.start_soon(
                                 _attempt_sleep, self._pool, server, keep_weights, failed
                             )
@@ -102,10 +104,11 @@ class Memory:
     async def _wake_all(self, tags: Sequence[str] | None = None) -> dict[str, str]:
         failed: dict[str, str] = {}
         async with trio.open_nursery() as nursery:
-            for server in self._pool.servers:
+            for server in self._put_to_sleep:
                 if server.asleep:
                     nursery.start_soon(_attempt_wake, self._pool, server, tags, failed)
-        if not any(server.asleep for server in self._pool.servers):
+        self._put_to_sleep = {server for server in self._put_to_sleep if server.asleep}
+        if not self._put_to_sleep:
             pause, self._pause = self._pause, None
             if pause is not None:
                 await pause.aclose()

@@ -231,6 +231,7 @@ class ServerPool:
         self.service_changed = trio.Event()
         self.update_lock = trio.Lock()  # versions reach every server in one order
         self._pauses = 0  # scopes that hold the whole pool
+        self._held: set[Server] = set()  # by scopes; also those that were removed meanwhile
         self._transport = transport
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
@@ -806,6 +807,7 @@ class ServerPool:
     def _hold(self, servers: Sequence[Server]) -> None:
         for server in servers:
             server.held += 1
+            self._held.add(server)
             if server.state is ServerState.READY:
                 self.set_state(server, ServerState.PAUSED)
 
@@ -833,12 +835,27 @@ class ServerPool:
             self.mark_stale(server, f"not resumed: {exc}")
         finally:
             server.held -= 1
+            if not server.held:
+                self._held.discard(server)
         if server.state is ServerState.PAUSED and not server.held and not server.frozen:
             self.set_state(server, ServerState.READY)
 
     async def _resume_last_held(self, server: Server) -> None:
         async with server.pause_lock:
             if server.held == 1 and not server.frozen:
+                await self.control(server, self.dialect.resume(), self.config.control_timeout_s)
+
+    async def resume_held(self) -> None:
+        """Have every server generate that a pause scope still holds, but those that are frozen.
+
+        For the end of a run: whoever holds them may never come to the end of its scope. What a
+        server answers does not matter, for nobody looks after it any more.
+        """
+        await self._each(self._resume_at_the_end, tuple(self._held), {})
+
+    async def _resume_at_the_end(self, server: Server) -> None:
+        async with server.pause_lock:
+            if server.held and not server.frozen:
                 await self.control(server, self.dialect.resume(), self.config.control_timeout_s)
 
     async def resume(self, server: Server) -> None:

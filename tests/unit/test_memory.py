@@ -124,6 +124,21 @@ async def test_nothing_is_released_or_woken_twice(
 
 
 @both_dialects
+async def test_a_server_removed_while_it_sleeps_is_woken_and_goes_on(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, seen):
+        removed = seen.urls[1]
+        async with engine.offloaded():
+            engine.pool.remove(removed)
+            await engine.onload(["weights"])
+            assert engine.memory.is_lent
+        assert not engine.memory.is_lent
+        assert seen.servers[removed].scheduler.pause_mode is None
+        assert woken(seen, removed, dialect) == len(engine.pool.dialect.memory_tags)
+
+
+@both_dialects
 async def test_what_sleeps_is_woken_when_training_fails_and_at_the_end(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

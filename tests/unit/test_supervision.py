@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from arealtrio.engine import RemoteEngine
+from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import (
     ConfigError,
     NoServerAvailable,
@@ -762,6 +762,22 @@ async def test_a_cancelled_pause_resumes_every_server(autojump_clock: Clock) -> 
         assert scope.cancelled_caught
         assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
         assert states(engine) == ["ready", "ready"]
+
+
+async def test_the_end_of_a_run_resumes_what_a_pause_still_holds(autojump_clock: Clock) -> None:
+    """As when a trainer closes its controller within the block: nobody leaves that any more."""
+    async with faulty_engine(servers=4, close_timeout_s=5.0) as (engine, faulty):
+        async with open_engine(engine.config, transport=faulty) as other:
+            scope = other.paused()
+            await scope.__aenter__()
+            other.pool.remove(faulty.fleet.addresses[1])
+            await other.pool.freeze(other.pool.named(faulty.fleet.addresses[2]), "its weights")
+            faulty.fleet.servers[3].hang()
+            began = trio.current_time()
+        assert trio.current_time() - began == pytest.approx(5.0)
+        modes = [s.scheduler.pause_mode for s in faulty.fleet]
+        assert modes[:3] == [None, None, "abort"]
+        await scope.__aexit__(None, None, None)
 
 
 async def test_the_end_of_an_update_resumes_no_server_that_failed_it(
