@@ -34,6 +34,7 @@ from .errors import (
 from .executor import WorkflowExecutor, open_executor
 from .group_policy import GroupPolicy
 from .reward import AsyncRewardWrapper, ProcessReward, RewardOutcome, RewardPool
+from .rows import RowBuilder
 from .scheduling import (
     LeastRequestPolicy,
     LeastRequestPrioritySchedulePolicy,
@@ -41,9 +42,11 @@ from .scheduling import (
     RoundRobinSchedulePolicy,
     SchedulePolicy,
 )
+from .servers import ServerStatistics
 from .settlement import Failure, RolloutResult
 from .staleness import Permit, RolloutStat, StalenessManager
 from .status import AdmissionStatus, ExecutorStatus, MemberStatus, Stage
+from .tally import EngineStatistics
 from .trajectory import Batch, CollateBuffers, Group
 from .types import (
     FailureKind,
@@ -67,6 +70,7 @@ __all__ = [
     "ConfigError",
     "ConnectFailed",
     "DeadlineExceeded",
+    "EngineStatistics",
     "ExecutorStatus",
     "Failure",
     "FailureKind",
@@ -105,9 +109,11 @@ __all__ = [
     "RolloutWorkflow",
     "RoundRobinPolicy",
     "RoundRobinSchedulePolicy",
+    "RowBuilder",
     "SchedulePolicy",
     "Segment",
     "ServerError",
+    "ServerStatistics",
     "SingleTurnWorkflow",
     "Stage",
     "StalenessBudgetExhausted",

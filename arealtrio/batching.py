@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .delivery import DeliveryQueue, PermitOrder
 from .errors import TooStale, UsageError
+from .failures import RejectionBudget
 from .group_policy import GroupPolicy
 from .groups import (
     ALL_MEMBERS,
@@ -21,9 +23,12 @@ from .groups import (
 )
 from .loader import LoaderFeed, Prompt
 from .settlement import Failure, RolloutResult
-from .trajectory import Group
+from .trajectory import Batch, Group
 from .types import FailureKind, Outcome
 from .workflow import RolloutWorkflow
+
+FAILURES_KEPT = 1024
+"""Records of failures that one batch holds at most: each may hold an exception with its frames."""
 
 DataLoader: TypeAlias = Iterable[Prompt | Sequence[Prompt]]
 
@@ -105,17 +110,26 @@ class BatchStream:
         order: Of all permits.
         size: Groups in a batch.
         charge: Takes one place from the staleness budget for good.
+        max_rejections: Groups that may be rejected in a row; None is any number.
     """
 
     def __init__(
-        self, loader: DataLoader, order: PermitOrder, size: int, charge: Callable[[], None]
+        self,
+        loader: DataLoader,
+        order: PermitOrder,
+        size: int,
+        charge: Callable[[], None],
+        max_rejections: int | None = None,
     ) -> None:
         self.feed = LoaderFeed(loader)
         # Of the batches to come: the accepted groups, and rejected ones that count.
         self.places: DeliveryQueue[Group | RolloutResult] = DeliveryQueue(order)
         self.unsettled = 0
         self.read_ahead = False  # whether prompts were read since a batch became ready
-        self.failures: list[RolloutResult] = []  # what settled otherwise since the last batch
+        # What settled otherwise since the last batch: the newest, and how many came before them.
+        self.failures: deque[RolloutResult] = deque(maxlen=FAILURES_KEPT)
+        self.failures_omitted = 0
+        self.rejections = RejectionBudget(max_rejections)
         self.dynamic = False
         self.rejected = 0  # places that rejected groups have
         self._size = size
@@ -130,11 +144,12 @@ class BatchStream:
     def deliver(self, task: GroupTask, result: RolloutResult) -> None:
         """A group of this stream settled."""
         self.unsettled -= 1
+        self.rejections.record(result.outcome)
         if result.group is not None:
             self._tasks[result.task_id] = task
             self.places.put(result.group)
         elif result.outcome is not Outcome.CANCELLED:
-            self.failures.append(result)
+            self.failed(result)
             self._count_rejected(result)
 
     def _count_rejected(self, result: RolloutResult) -> None:
@@ -195,10 +210,30 @@ class BatchStream:
         groups = [entry for entry in reversed(old) if isinstance(entry, Group)]
         return [(group, self._tasks.pop(group.task_id, None)) for group in groups]
 
-    def take_failures(self) -> tuple[RolloutResult, ...]:
-        """What settled otherwise since this was last asked."""
-        failures, self.failures = tuple(self.failures), []
-        return failures
+    def failed(self, result: RolloutResult) -> None:
+        """Keep the record of what settled otherwise, if need be in an older one's place."""
+        self.failures_omitted += len(self.failures) == FAILURES_KEPT
+        self.failures.append(result)
+
+    def batch(self, groups: Sequence[Group], version: int) -> Batch:
+        """A batch of these groups, with what settled otherwise since the last one."""
+        batch = Batch(
+            groups=tuple(groups),
+            version=version,
+            failures=tuple(self.failures),
+            failures_omitted=self.failures_omitted,
+        )
+        self.failures.clear()
+        self.failures_omitted = 0
+        return batch
+
+    def tell_again(self, batch: Batch) -> None:
+        """Let the next batch tell what this one did, which nobody got."""
+        later = list(self.failures)
+        self.failures.clear()
+        self.failures_omitted += batch.failures_omitted
+        for result in (*batch.failures, *later):
+            self.failed(result)
 
     def refuse(self, loader: DataLoader) -> None:
         """Raise if ``loader`` is another one than this stream's.

@@ -90,6 +90,10 @@ class RolloutConfig:
         max_failure_ratio: Share of failures among the last ``failure_window`` groups above which
             ``prepare_batch`` ends with TooManyFailures. 1 is never.
         failure_window: Groups looked at for it; with fewer settled it is not asked.
+        max_consecutive_rejections: Groups that may be rejected with none accepted between, before
+            ``prepare_batch`` ends with TooManyFailures: a filter that accepts nothing would
+            keep it for ever. Choose it far above what a strict filter needs for one group; None is
+            never.
         max_interruptions: How often one generation may be aborted by its server and sent again.
         allow_inexact_resume: Let a generation go on after an interruption also where the result may
             differ from an undisturbed one: under frequency or presence penalties, whose counts a
@@ -168,6 +172,7 @@ class RolloutConfig:
     max_consecutive_failures: int = 64
     max_failure_ratio: float = 1.0
     failure_window: int = 256
+    max_consecutive_rejections: int | None = 10_000
     max_interruptions: int = 1000
     allow_inexact_resume: bool = False
     rollout_timeout_s: float = 7200.0
@@ -243,6 +248,7 @@ class RolloutConfig:
             ("vocab_size", 1),
             ("max_consecutive_failures", 1),
             ("failure_window", 1),
+            ("max_consecutive_rejections", 1),
             ("max_requeues", 0),
             ("max_interruptions", 0),
             ("response_size_bytes", 1024),
@@ -333,7 +339,13 @@ class RolloutConfig:
         return TimeLimits.of(total_s, connect_s=self.connect_timeout_s)
 
 
-_OPTIONAL_COUNTS = {"max_concurrent_rollouts", "queue_size", "vocab_size", "segment_tokens"}
+_OPTIONAL_COUNTS = {
+    "max_concurrent_rollouts",
+    "max_consecutive_rejections",
+    "queue_size",
+    "segment_tokens",
+    "vocab_size",
+}
 _LARGEST = {
     "max_concurrent_rollouts": CONCURRENCY_MAX,
     "consumer_batch_size": CONCURRENCY_MAX,  # which it is, where no other limit is given

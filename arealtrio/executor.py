@@ -89,7 +89,7 @@ class WorkflowExecutor(RolloutNursery):
         self.staleness_violations = 0
         self._results = ResultPool(self._order)
         self._stream: BatchStream | None = None
-        self._untold: tuple[RolloutResult, ...] = ()  # failures after an epoch's last batch
+        self._untold: Batch | None = None  # no groups, but failures after an epoch's last batch
         self._ids = itertools.count()
         self._consumed = 0  # groups that left for the trainer, or were charged for in their place
         self._shuffle = np.random.default_rng(config.seed)
@@ -336,7 +336,8 @@ class WorkflowExecutor(RolloutNursery):
 
         Raises:
             StopAsyncIteration: The loader is exhausted, and everything was delivered.
-            TooManyFailures: ``max_consecutive_failures`` groups failed in a row, with the causes.
+            TooManyFailures: ``max_consecutive_failures`` groups failed in a row, with the causes;
+                or ``max_consecutive_rejections`` were rejected.
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
         """
@@ -375,9 +376,14 @@ class WorkflowExecutor(RolloutNursery):
         self._check_open()
         if self._stream is None:
             self._stream = BatchStream(
-                dataloader, self._order, self.config.consumer_batch_size, self._charge_place
+                dataloader,
+                self._order,
+                self.config.consumer_batch_size,
+                self._charge_place,
+                self.config.max_consecutive_rejections,
             )
-            self._stream.failures += self._untold
+            if self._untold is not None:
+                self._stream.tell_again(self._untold)
         self._stream.refuse(dataloader)
         self._consumed += self._stream.set_dynamic(dynamic)
         return self._stream
@@ -402,6 +408,8 @@ class WorkflowExecutor(RolloutNursery):
         ready = stream.places.ready >= size
         if not ready and self._failures.spent:
             raise self._failures.take_error()
+        if not ready and stream.rejections.spent:
+            raise stream.rejections.take_error()
         wanted = self._prompts_wanted(stream)
         # A batch that is ready is held up once at most: rollouts that fail or are rejected at once
         # would want prompts for ever.
@@ -426,7 +434,7 @@ class WorkflowExecutor(RolloutNursery):
     def _end_stream(self, stream: BatchStream) -> Batch:
         """End an epoch with an empty batch. What failed since the last one is told in the next."""
         self._consumed += stream.give_up_places()
-        self._stream, self._untold = None, stream.take_failures()
+        self._stream, self._untold = None, stream.batch((), self.get_version())
         return Batch(groups=(), version=self.get_version())
 
     def _release(self, stream: BatchStream, count: int) -> Batch:
@@ -434,15 +442,15 @@ class WorkflowExecutor(RolloutNursery):
         groups = stream.take(count)
         self._consume(groups)
         self._consumed += count - len(groups)  # charged for when they were rejected
-        shuffled = tuple(groups[i] for i in self._shuffle.permutation(len(groups)))
-        return Batch(groups=shuffled, version=self.get_version(), failures=stream.take_failures())
+        shuffled = [groups[i] for i in self._shuffle.permutation(len(groups))]
+        return stream.batch(shuffled, self.get_version())
 
     def give_back(self, batch: Batch) -> None:
         """Return a batch that did not reach its consumer; the next call delivers it again."""
         if self._stream is not None:
             for group in batch.groups:
                 self._stream.places.put(group)
-            self._stream.failures[:0] = batch.failures
+            self._stream.tell_again(batch)
             self._take_back(batch.groups, batch.version - self.config.max_staleness)
             self._waiting.notify()
 
@@ -474,7 +482,7 @@ class WorkflowExecutor(RolloutNursery):
                 task.begin_again()
                 self._admission.requeue_accepted(task)
             else:
-                self._stream.failures.append(expired(group, version))
+                self._stream.failed(expired(group, version))
                 self.counts.discard(1)
         self._pump()
 

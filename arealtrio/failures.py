@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from .errors import TooManyFailures
+from .errors import TooManyFailures, WorkflowError
+from .types import Outcome
 
 
 class FailureBudget:
@@ -63,3 +64,37 @@ class FailureBudget:
         self._window.clear()
         self._failed = 0
         return TooManyFailures(words, causes)
+
+
+class RejectionBudget:
+    """Counts groups rejected since one was last accepted; spent after too many.
+
+    Args:
+        max_consecutive: Rejections that spend it; None never.
+    """
+
+    def __init__(self, max_consecutive: int | None) -> None:
+        self._max_consecutive = max_consecutive
+        self._in_a_row = 0
+
+    def record(self, outcome: Outcome) -> None:
+        """Count one settlement; what failed says nothing of the filter."""
+        if outcome is Outcome.ACCEPTED:
+            self._in_a_row = 0
+        elif outcome is Outcome.REJECTED:
+            self._in_a_row += 1
+
+    @property
+    def spent(self) -> bool:
+        """Whether to stop."""
+        return self._max_consecutive is not None and self._in_a_row >= self._max_consecutive
+
+    def take_error(self) -> TooManyFailures:
+        """The error to raise; the count begins anew, so that a later call may try again."""
+        count, self._in_a_row = self._in_a_row, 0
+        cause = WorkflowError(
+            "the workflow returned None, or should_accept_fn False, for each of them: see what it "
+            "rejects in rollout_batch, or raise max_consecutive_rejections"
+        )
+        words = f"{count} groups were rejected in a row (max_consecutive_rejections)"
+        return TooManyFailures(words, [cause])

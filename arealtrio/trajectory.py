@@ -181,12 +181,14 @@ class Batch:
         groups: The accepted groups.
         version: The consuming version: the trainer's weights before this step.
         failures: The records of what settled otherwise since the batch before, as the executor
-            writes them.
+            writes them; the newest, where they are very many.
+        failures_omitted: How many older ones ``failures`` does not hold.
     """
 
     groups: tuple[Group, ...]
     version: int
     failures: tuple[Any, ...] = ()
+    failures_omitted: int = 0
 
     def __len__(self) -> int:
         """The groups."""

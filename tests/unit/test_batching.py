@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from arealtrio.batching import BatchStream, RolloutArguments, positive
+from arealtrio.batching import FAILURES_KEPT, BatchStream, RolloutArguments, positive
 from arealtrio.delivery import PermitOrder
 from arealtrio.errors import StalenessBudgetExhausted, TooManyFailures, UsageError
 from arealtrio.executor import WorkflowExecutor
@@ -119,6 +119,37 @@ async def test_a_filter_that_never_accepts_holds_up_no_batch_that_is_ready(
         with trio.fail_after(1):
             batch = await executor.prepare_batch(prompts(), workflow)
         assert prompt_ids(batch) == [0, 1, 2, 3]
+
+
+async def test_a_filter_that_accepts_nothing_ends_the_call_and_fills_no_memory(
+    autojump_clock: Clock,
+) -> None:
+    limit = FAILURES_KEPT + 100
+    async with simulated_executor(
+        servers=1, consumer_batch_size=4, max_consecutive_rejections=limit
+    ) as (executor, _):
+        loader = prompts()
+        words = r"\d+ groups were rejected in a row \(max_consecutive_rejections\)"
+        with pytest.raises(TooManyFailures, match=words) as caught:
+            await executor.prepare_batch(loader, Instant(lambda _: None))
+        assert "returned None, or should_accept_fn False" in str(caught.value.exceptions[0])
+        assert limit <= executor.counts.of(Outcome.REJECTED) < limit + 100
+        batch = await executor.prepare_batch(loader, Instant())  # the count begins anew
+        rejected = executor.counts.of(Outcome.REJECTED)
+        for _ in range(2):
+            assert len(batch.failures) == FAILURES_KEPT
+            assert len(batch.failures) + batch.failures_omitted == rejected
+            executor.give_back(batch)
+            batch = await executor.prepare_batch(loader, Instant())
+
+
+async def test_without_a_limit_a_strict_filter_is_waited_for(autojump_clock: Clock) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=1, max_consecutive_rejections=None
+    ) as (executor, _):
+        workflow = Instant(lambda data: "accept" if data["prompt_id"] == 10_500 else None)
+        batch = await executor.prepare_batch(prompts(), workflow)
+        assert prompt_ids(batch) == [10_500]
 
 
 async def test_a_batch_is_shuffled_by_its_seed(autojump_clock: Clock) -> None:
