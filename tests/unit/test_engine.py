@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from arealtrio.errors import (
     NoServerAvailable,
     ProtocolError,
     RequestRejected,
+    ResponseTooLarge,
     RolloutError,
     ServerError,
     TransportError,
 )
-from arealtrio.types import GenerationHyperparameters, ModelRequest, ModelResponse
+from arealtrio.servers import Server
+from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
 from .embedded_server import MAX_MODEL_LEN, PROMPT, VOCAB_SIZE
@@ -126,6 +129,14 @@ async def test_an_aborted_generation_goes_on_from_what_it_has_and_gives_the_same
 ) -> None:
     async with connected_engine(tmp_path, monkeypatch, token_time_s=0.002) as (engine, fleet):
         answer: list[ModelResponse] = []
+        at_head: list[bool] = []
+        lease = engine.pool.lease
+
+        def noted(**how: Any) -> Any:
+            at_head.append(how["at_head"])
+            return lease(**how)
+
+        monkeypatch.setattr(engine.pool, "lease", noted)
 
         async def generate() -> None:
             answer.append(
@@ -141,6 +152,7 @@ async def test_an_aborted_generation_goes_on_from_what_it_has_and_gives_the_same
         (response,) = answer
     check_lengths(response)
     assert len(response.segments) == 4
+    assert at_head == [False, True, True, True]  # what was interrupted waits before all others
     assert response.output_tokens.tolist() == greedy_answer(fleet.weights[1], PROMPT, 200)
 
 
@@ -212,11 +224,21 @@ async def test_cancelling_aborts_the_request_on_its_server_and_gives_the_slot_ba
         engine,
         fleet,
     ):
+        answered: list[str] = []
+        control = engine.pool.control
+
+        async def noted(server: Server, request: HttpRequest, timeout_s: float) -> None:
+            await control(server, request, timeout_s)
+            answered.append(request.path)  # though whoever sent it was cancelled
+
+        monkeypatch.setattr(engine.pool, "control", noted)
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(engine.agenerate, ModelRequest(PROMPT, LONG))
             await fleet.watch.until(lambda s: len(s.running) == 4)
             nursery.cancel_scope.cancel()
+        assert len(answered) == engine.totals().aborts_sent == 4
+        assert all(path.endswith("/abort_requests") for path in answered)
         await fleet.watch.until(lambda s: not s.running and not s.waiting)
         assert [row.outstanding for row in engine.statistics()] == [0]
         assert engine.pool.waiting == 0
@@ -319,6 +341,19 @@ async def test_a_bad_answer_is_one_classed_error_and_the_slot_comes_back(
             assert [row.outstanding for row in engine.statistics()] == [0]
         assert liar.generations == (1 if error is RequestRejected else 2)
         nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_above_the_configured_size_is_refused() -> None:
+    liar = Liar(http(b" " * 2000))
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, liar.serve, 0)
+        port = listeners[0].socket.getsockname()[1]
+        config = RolloutConfig(servers=[f"http://127.0.0.1:{port}"], response_size_bytes=1999)
+        async with open_engine(config) as engine:
+            with pytest.raises(ResponseTooLarge):
+                await engine.agenerate(ModelRequest(PROMPT, GREEDY))
+        nursery.cancel_scope.cancel()
+    assert liar.generations == 1
 
 
 async def test_more_tokens_than_asked_for_break_the_protocol() -> None:

@@ -19,6 +19,7 @@ from arealtrio.errors import (
     RolloutClosed,
     RolloutCrashed,
     StalenessBudgetExhausted,
+    TooManyFailures,
     TransportError,
     UsageError,
     WorkflowError,
@@ -886,6 +887,66 @@ async def test_cancelling_the_block_from_outside_leaves_nothing(autojump_clock: 
     assert scope.cancelled_caught
     check_closed(executor, fleet)
     assert executor.counts.of(Outcome.CANCELLED) == 6
+
+
+# --- what the config says reaches whom it is for -------------------------------------------------
+
+
+async def test_a_generation_asks_for_the_version_of_its_permit(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=1, max_staleness=4) as (
+        executor,
+        _,
+    ):
+        asked: list[int] = []
+        lease = executor.engine.pool.lease
+
+        def noted(**how: Any) -> Any:
+            asked.append(how["min_version"])
+            return lease(**how)
+
+        monkeypatch.setattr(executor.engine.pool, "lease", noted)
+        for version in (0, 3):
+            if version:
+                await executor.set_version(version)
+            executor.submit({"prompt_id": 0, "input_ids": [5]}, Generates())
+            await executor.wait(1)
+        assert asked == [0, 3]
+        executor.submit({"input_ids": [5]}, Generates(), is_eval=True)
+        await executor.wait(1, is_eval=True)
+        assert asked[2:] == [0]  # it has no permit
+
+
+@pytest.mark.parametrize("priority", ["eval", "train"])
+async def test_priority_says_which_starts_first(priority: str, autojump_clock: Clock) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=4, max_concurrent_rollouts=1, priority=priority
+    ) as (executor, _):
+        puppet = Puppet()
+        executor.submit({"prompt_id": "first"}, puppet)
+        executor.submit({"prompt_id": "train"}, puppet)
+        executor.submit({"prompt_id": "eval"}, puppet, is_eval=True)
+        for _ in range(3):
+            await settled()
+            puppet.end_all()
+        await settled()
+        assert puppet.started[:2] == ["first", priority]
+
+
+async def test_too_large_a_share_of_the_configured_window_ends_prepare_batch(
+    autojump_clock: Clock,
+) -> None:
+    def every_other(data: Prompt) -> Any:
+        if data["prompt_id"] % 2:
+            raise ValueError
+        return None
+
+    async with simulated_executor(
+        servers=1, consumer_batch_size=4, max_failure_ratio=0.4, failure_window=10
+    ) as (executor, _):
+        with pytest.raises(TooManyFailures, match=r"5 of the last 10 .*max_failure_ratio=0.4"):
+            await executor.prepare_batch(prompts(), Instant(every_other))
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -10,6 +11,7 @@ import trio.testing
 
 from arealtrio.config import RolloutConfig
 from arealtrio.errors import ConfigError, RolloutClosed, UsageError
+from arealtrio.ordering import Origin
 from arealtrio.servers import Lease, Server, ServerPool, ServerState
 from arealtrio.transport import HttpTransport
 from arealtrio.types import HttpRequest, HttpResponse
@@ -18,9 +20,9 @@ from arealtrio.wire.vllm import VllmDialect
 A, B = "http://a:1", "http://b:1"
 
 
-def pool_of(caps: dict[str, int], policy: str = "least_request") -> ServerPool:
+def pool_of(caps: dict[str, int], policy: Any = "least_request", **more: Any) -> ServerPool:
     """A pool whose servers are in service; nothing is ever sent."""
-    config = RolloutConfig(servers=list(caps), schedule_policy=policy)  # type: ignore[arg-type]
+    config = RolloutConfig(servers=list(caps), schedule_policy=policy, **more)
     pool = ServerPool(config, VllmDialect(), HttpTransport())
     for server in pool.servers:
         server.cap = caps[server.address]
@@ -85,6 +87,21 @@ async def test_a_released_slot_goes_to_the_waiter_that_came_first() -> None:
         await holders.release_all()
     assert holders.order == ["first", "second", "third"]
     assert outstanding(pool) == {A: 0}
+
+
+@pytest.mark.parametrize(
+    ("queue_order", "expected"), [("fifo", ["young", "old"]), ("deadline", ["old", "young"])]
+)
+async def test_queue_order_says_who_goes_first(queue_order: str, expected: list[str]) -> None:
+    pool = pool_of({A: 1}, queue_order=queue_order)
+    async with trio.open_nursery() as nursery:
+        holders = Holders(pool, nursery)
+        await holders.start("holder")
+        await holders.start("young", origin=Origin("p", 5))
+        await holders.start("old", origin=Origin("q", 0))
+        await holders.release("holder")
+        await holders.release("old", "young")
+        assert holders.order == ["holder", *expected]
 
 
 async def test_the_least_loaded_server_by_share_of_its_cap_is_taken() -> None:

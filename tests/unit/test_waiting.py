@@ -42,6 +42,18 @@ async def test_what_is_there_is_taken_at_once_and_it_is_a_checkpoint() -> None:
         assert await basket.take() == 1
 
 
+async def test_a_cancellation_after_the_first_look_loses_nothing_that_it_took() -> None:
+    with trio.CancelScope() as scope:
+
+        def take() -> int:
+            scope.cancel()  # it comes between the taking and the return
+            return 1
+
+        taken = await WaitList().wait_until(take)
+    assert taken == 1
+    assert not scope.cancelled_caught
+
+
 async def test_a_cancelled_caller_takes_nothing() -> None:
     basket = Basket()
     basket.put(1)
