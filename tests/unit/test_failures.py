@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from arealtrio.errors import TooManyFailures
-from arealtrio.failures import FailureBudget
+from arealtrio.failures import FailureBudget, RejectionBudget
+from arealtrio.types import Outcome
 
 
 def test_so_many_in_a_row_spend_it_and_one_that_does_not_fail_begins_anew() -> None:
@@ -51,3 +52,21 @@ def test_at_a_ratio_of_one_only_the_row_counts(ratio: float) -> None:
     for _ in range(20):
         budget.record(ValueError())
     assert budget.spent == (ratio == 0.0)
+
+
+def test_rejections_count_until_one_is_accepted_whatever_fails_between() -> None:
+    budget = RejectionBudget(2)
+    for outcome in (Outcome.REJECTED, Outcome.ACCEPTED, Outcome.REJECTED, Outcome.FAILED):
+        budget.record(outcome)
+        assert not budget.spent
+    budget.record(Outcome.REJECTED)
+    assert budget.spent
+    assert str(budget.take_error()).startswith("2 groups were rejected in a row")
+    assert not budget.spent
+
+
+def test_without_a_limit_rejections_are_never_too_many() -> None:
+    budget = RejectionBudget(None)
+    for _ in range(1000):
+        budget.record(Outcome.REJECTED)
+    assert not budget.spent
