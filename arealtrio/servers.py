@@ -231,7 +231,7 @@ class ServerPool:
         self.service_changed = trio.Event()
         self.update_lock = trio.Lock()  # versions reach every server in one order
         self._pauses = 0  # scopes that hold the whole pool
-        self._held: set[Server] = set()  # by scopes; also those that were removed meanwhile
+        self._held: set[Server] = set()  # for the end of a scope to resume; removed ones, too
         self._transport = transport
         self._policy = policy or make_policy(config.schedule_policy)
         self._servers = {address: Server(address) for address in config.servers}
@@ -842,16 +842,17 @@ class ServerPool:
 
     async def _resume_last_held(self, server: Server) -> None:
         async with server.pause_lock:
-            if server.held == 1 and not server.frozen:
+            if server.held == 1 and server in self._held and not server.frozen:
                 await self.control(server, self.dialect.resume(), self.config.control_timeout_s)
 
     async def resume_held(self) -> None:
         """Have every server generate that a pause scope still holds, but those that are frozen.
 
-        For the end of a run: whoever holds them may never come to the end of its scope. What a
-        server answers does not matter, for nobody looks after it any more.
+        For the end of a run: whoever holds them may never come to the end of its scope, and where
+        it does, sends nothing. What a server answers does not matter: nobody looks after it now.
         """
-        await self._each(self._resume_at_the_end, tuple(self._held), {})
+        held, self._held = self._held, set()
+        await self._each(self._resume_at_the_end, held, {})
 
     async def _resume_at_the_end(self, server: Server) -> None:
         async with server.pause_lock:

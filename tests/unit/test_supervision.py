@@ -777,7 +777,9 @@ async def test_the_end_of_a_run_resumes_what_a_pause_still_holds(autojump_clock:
         assert trio.current_time() - began == pytest.approx(5.0)
         modes = [s.scheduler.pause_mode for s in faulty.fleet]
         assert modes[:3] == [None, None, "abort"]
+        faulty.asked.clear()
         await scope.__aexit__(None, None, None)
+        assert not faulty.asked
 
 
 async def test_the_end_of_an_update_resumes_no_server_that_failed_it(
