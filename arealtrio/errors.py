@@ -79,7 +79,7 @@ class WeightUpdateError(ArealTrioError, RuntimeError):
 
 
 class TooManyFailures(ArealTrioError, ExceptionGroup[Exception]):
-    """So many rollouts failed in a row that going on would only repeat it; see its members."""
+    """So many groups failed, or were rejected, that going on would only repeat it; it holds why."""
 
     def __new__(cls, message: str, exceptions: Sequence[Exception]) -> Self:
         """An ExceptionGroup fixes its message and members in ``__new__``."""
