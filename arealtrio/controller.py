@@ -512,14 +512,24 @@ class RolloutController:
     def recover(self, version: int, update: WeightUpdate | None = None) -> WeightUpdateResult:
         """Go on after a restart; before anything else. See ``WorkflowExecutor.recover``."""
         executor = self._live
-        return self._call(lambda: executor.recover(version, update))
+        if update is None:
+            return self._call(lambda: executor.recover(version))
+        return self._carry(lambda here: executor.recover(version, here), update)
 
     def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
         """Bring new weights to every server. See ``WorkflowExecutor.update_weights``.
 
         The ``send`` of a distributed update is an ordinary function here, called in this thread.
         """
-        executor, send = self._live, update.send
+        return self._carry(self._live.update_weights, update)
+
+    def _carry(
+        self,
+        function: Callable[[WeightUpdate], Awaitable[WeightUpdateResult]],
+        update: WeightUpdate,
+    ) -> WeightUpdateResult:
+        """Call ``function`` with an update whose ``send``, if any, runs in this thread."""
+        call, send = _Call[WeightUpdateResult](), update.send
 
         async def send_from_here(chunk: Chunk) -> object:
             assert send is not None
@@ -527,8 +537,7 @@ class RolloutController:
 
         if send is not None:
             update = replace(update, send=send_from_here)
-        call = _Call[WeightUpdateResult]()
-        return self._answer_of(call, self._start_call, lambda: executor.update_weights(update))
+        return self._answer_of(call, self._start_call, lambda: function(update))
 
     def init_weights_group(
         self, group: WeightsGroup, join: Callable[[], object] | None = None

@@ -111,7 +111,9 @@ class Generation:
         if self.count:
             tokens = np.concatenate([tokens, *self.tokens])
         return SegmentRequest(
-            request_id=f"{self.rid}-{number}",
+            # Of one width, because SGLang aborts every request whose id begins so: "q-0" of one
+            # caller would end "q-0-0" of another.
+            request_id=f"{self.rid}-{number:04d}",
             token_ids=tokens,
             max_new_tokens=min(self.budget - self.count, self._segment_limit(config)),
             min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),

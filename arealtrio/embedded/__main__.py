@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import click
 
 from ..errors import ConfigError
+from .model import TinyModel
 from .sampling import LogprobsMode
 from .serve import main
 from .settings import DialectName, ServerSettings
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path), required=True,
-              help="Directory with the first weights.")  # fmt: skip
+@click.option("--weights", type=click.Path(path_type=Path),
+              help="Directory of the first weights. Default: a random model.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True,
               help="0 takes a free one.")  # fmt: skip
@@ -40,14 +44,26 @@ from .settings import DialectName, ServerSettings
               help="SGLang: die of requests that kill a real server.")  # fmt: skip
 @click.option("--exit-with-parent", is_flag=True,
               help="End when standard input ends, that is, when the parent has died.")  # fmt: skip
-def command(exit_with_parent: bool, **values: Any) -> None:
+def command(exit_with_parent: bool, weights: Path | None, **values: Any) -> None:
     """Serve a tiny real model; print one line with the address when it listens."""
     try:
-        settings = ServerSettings(**values)
-        code = main(settings, on_listening=_announce, exit_with_parent=exit_with_parent)
+        with _first_weights(weights, values["seed"]) as directory:
+            settings = ServerSettings(weights=directory, **values)
+            code = main(settings, on_listening=_announce, exit_with_parent=exit_with_parent)
     except (ConfigError, OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     sys.exit(code)
+
+
+@contextmanager
+def _first_weights(weights: Path | None, seed: int) -> Iterator[Path]:
+    """The directory asked for, or one with a random model, for as long as the server runs."""
+    if weights is not None:
+        yield weights
+        return
+    with TemporaryDirectory(prefix="arealtrio-") as directory:
+        TinyModel.random(seed).save(directory)
+        yield Path(directory)
 
 
 def _announce(url: str) -> None:

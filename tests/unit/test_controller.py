@@ -105,6 +105,30 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "arealtrio"]
 
 
+# --- status, recovery ----------------------------------------------------------------------------
+
+
+def test_status_tells_a_trainers_thread_what_runs_and_what_waits() -> None:
+    puppet = Puppet()
+    with controller(max_concurrent_rollouts=1) as rollout:
+        for number in range(2):
+            rollout.submit({"prompt_id": number}, puppet)
+        until(rollout, lambda _: puppet.started == [0])
+        status = rollout.status()
+        assert (status.admission.queued, status.admission.running_members) == (1, 1)
+        assert status.admission.blocked_by
+        assert max(map(len, str(status).splitlines())) <= 80
+
+
+def test_a_restarted_trainer_goes_on_at_its_version() -> None:
+    with controller(max_staleness=1) as rollout:
+        assert rollout.recover(7).version == rollout.get_version() == 7
+        assert rollout.get_capacity() > 0
+        batch = rollout.prepare_batch(prompts(), Instant())
+        assert batch.version == 7
+        assert {group.head_version for group in batch.groups} == {7}
+
+
 # --- a training loop -----------------------------------------------------------------------------
 
 

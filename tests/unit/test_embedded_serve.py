@@ -174,10 +174,11 @@ async def test_a_process_speaks_the_dialect_it_was_told(weights: Path) -> None:
 
 
 @asynccontextmanager
-async def process(weights: Path, *options: str) -> AsyncIterator[tuple[trio.Process, str]]:
+async def process(weights: Path | None, *options: str) -> AsyncIterator[tuple[trio.Process, str]]:
     """The server as a process, and its address; whatever is left at the end is killed."""
-    command = [sys.executable, "-X", "dev", "-m", "arealtrio.embedded", "--weights", str(weights),
-               "--port", "0", *options]  # fmt: skip
+    command = [sys.executable, "-X", "dev", "-m", "arealtrio.embedded", "--port", "0", *options]
+    if weights is not None:
+        command += ["--weights", str(weights)]
     root = Path(__file__).parents[2]
     started = await trio.lowlevel.open_process(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -237,6 +238,23 @@ async def test_the_process_ends_with_its_parent(weights: Path) -> None:
             with trio.fail_after(1):
                 assert await started.wait() == 0
         assert await everything(started.stderr) == b""
+
+
+def files_in(directory: Path) -> list[Path]:
+    return list(directory.iterdir())
+
+
+async def test_without_weights_it_serves_a_random_model_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path))
+        async with process(None) as (started, url), httpx.AsyncClient(base_url=url) as client:
+            answer = await client.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 3})
+            assert answer.json()["usage"]["completion_tokens"] <= 3
+            assert len(files_in(tmp_path)) == 1
+            started.send_signal(signal.SIGTERM)
+            with trio.fail_after(10):
+                assert await started.wait() == 0
+    assert not files_in(tmp_path)
 
 
 async def test_the_process_of_a_dead_engine_ends_with_an_error(weights: Path) -> None:

@@ -390,7 +390,7 @@ def train_in_a_thread(dialect: Any, seen: Observed) -> None:
         joined = []
         group = rollout.init_weights_group(GROUP, lambda: joined.append(threading.current_thread()))
         assert joined == [here]
-        result = rollout.update_weights(update_of(group, send=send))
+        result = rollout.recover(1, update_of(group, send=send))  # as an update, in this thread
         assert set(result.updated) == set(seen.urls)
         assert sent == [1, 2, 1]
         with pytest.raises(ValueError, match="NCCL error"):
