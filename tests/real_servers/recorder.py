@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
@@ -31,7 +31,9 @@ class Recorder:
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
         self.choices: dict[str, dict[int, Mapping[str, Any]]] = {}  # rid -> segment -> its answer
-        self.asked: dict[str, int] = {}  # server -> generations sent
+        self.asked: dict[str, int] = {}  # server -> segments asked for
+        self.answered: dict[str, int] = {}  # server -> segments answered with tokens
+        self._changed = trio.Event()
 
     async def request(
         self,
@@ -44,7 +46,7 @@ class Recorder:
     ) -> HttpResponse:
         generation = request.method == "POST" and request.path == TOKEN_ROUTE
         if generation:
-            self.asked[base_url] = self.asked.get(base_url, 0) + 1
+            self._count(self.asked, base_url)
         answer = await self._inner.request(
             base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
         )
@@ -52,6 +54,7 @@ class Recorder:
             (choice,) = json.loads(answer.body)["choices"]
             rid, _, segment = dict(request.headers)["X-Request-Id"].rpartition("-")
             self.choices.setdefault(rid, {})[int(segment)] = choice
+            self._count(self.answered, base_url)
         return answer
 
     def stream(
@@ -69,6 +72,21 @@ class Recorder:
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+    async def until(self, holds: Callable[[], bool], limit_s: float = 60.0) -> None:
+        """Return in the turn in which ``holds()`` of what is recorded here.
+
+        How fast the servers are plays no part, and nothing is asked of them: a look from outside
+        may come when all has ended.
+        """
+        with trio.fail_after(limit_s):
+            while not holds():
+                await self._changed.wait()
+
+    def _count(self, counts: dict[str, int], server: str) -> None:
+        counts[server] = counts.get(server, 0) + 1
+        self._changed.set()
+        self._changed = trio.Event()
 
     def segments_of(self, rid: str) -> list[Mapping[str, Any]]:
         """Return the answers that one generation was put together from, in order."""

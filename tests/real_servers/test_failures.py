@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -58,11 +59,24 @@ class Generations:
         self.engine = engine
         self.gconfig = gconfig
         self.answers: dict[int, ModelResponse] = {}
+        self.enough = False
 
     async def run(self, numbers: Sequence[int]) -> None:
         async with trio.open_nursery() as nursery:
             for number in numbers:
                 nursery.start_soon(self._one, number)
+
+    async def load(self, width: int) -> None:
+        """Keep ``width`` under way, however fast the servers are, until ``enough`` is set."""
+        numbers = itertools.count()
+
+        async def one_after_the_other() -> None:
+            while not self.enough:
+                await self._one(next(numbers))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(width):
+                nursery.start_soon(one_after_the_other)
 
     async def _one(self, number: int) -> None:
         request = ModelRequest(prompt(number), self.gconfig, rid=f"generation-{number}")
@@ -83,8 +97,13 @@ def running(server: VllmServer) -> int:
     return int(server.metrics()["vllm:num_requests_running"])
 
 
-async def until_full(servers: Sequence[VllmServer]) -> None:
+async def until_all_run(servers: Sequence[VllmServer]) -> None:
     await until(lambda: [running(s) for s in servers] == [CAP] * len(servers), "all are full")
+
+
+async def until_loaded(recorder: Recorder, servers: Sequence[VllmServer]) -> None:
+    """Each has answered as many segments as it runs at once, and been asked for as many more."""
+    await recorder.until(lambda: all(recorder.answered.get(s.url, 0) >= CAP for s in servers))
 
 
 def check_whole(answers: dict[int, ModelResponse], recorder: Recorder, count: int) -> None:
@@ -111,8 +130,9 @@ async def test_a_server_killed_under_load_loses_no_generation_and_comes_back(
             await trio.testing.wait_all_tasks_blocked()
             assert [row.outstanding for row in engine.statistics()] == [CAP, CAP]
             assert engine.pool.waiting == GENERATIONS - 2 * CAP
-            await until(lambda: running(victim) == CAP, "the victim is full")
-            assert not generations.answers  # long ones: none has ended
+            # In the turn in which it is asked to go on with half of its long ones: they run.
+            await recorder.until(lambda: recorder.asked[victim.url] >= CAP + CAP // 2)
+            assert not generations.answers
             victim.kill()
             await until_states(engine, "ejected", "ready")
             victim.start_again()  # in this thread: a server ends with the thread that started it
@@ -180,8 +200,8 @@ async def test_cancelled_generations_are_gone_from_the_servers_half_a_second_lat
     endless = GREEDY.new(max_new_tokens=12000)
     async with recorded_engine(vllm_servers, segment_tokens=None) as (engine, _):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Generations(engine, endless).run, range(2 * CAP))
-            await until_full(vllm_servers)
+            nursery.start_soon(Generations(engine, endless).load, 2 * CAP)
+            await until_all_run(vllm_servers)
             nursery.cancel_scope.cancel()
         with trio.move_on_after(0.5):
             await trio.sleep_forever()
@@ -201,15 +221,16 @@ async def test_a_server_that_fails_an_update_is_named_and_out_until_it_has_the_w
     async with recorded_engine(vllm_servers) as (engine, recorder):
         generations = Generations(engine)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(generations.run, range(GENERATIONS // 2))
-            await until_full(vllm_servers)
+            nursery.start_soon(generations.load, GENERATIONS // 2)
+            await until_loaded(recorder, vllm_servers)
             result = await update_weights(engine.pool, WeightUpdate.from_disk(name, 1))
+            generations.enough = True
             assert result.updated == (sound.url,)
             assert list(result.failed) == [broken.url]
             assert engine.get_version() == 1
             assert states(engine) == ["stale", "ready"]
             asked = recorder.asked[broken.url]
-        check_whole(generations.answers, recorder, GENERATIONS // 2)
+        check_whole(generations.answers, recorder, len(generations.answers))
         assert recorder.asked[broken.url] == asked  # no traffic since
         assert await trio.to_thread.run_sync(lambda: broken.alive)  # nor was it asked to generate
         assert states(engine) == ["stale", "ready"]
@@ -241,15 +262,16 @@ async def test_a_rolling_update_under_load_fails_nothing_and_leaves_always_one_r
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             async with trio.open_nursery() as load:
-                load.start_soon(generations.run, range(GENERATIONS // 2))
-                await until_full(vllm_servers)
+                load.start_soon(generations.load, GENERATIONS // 2)
+                await until_loaded(recorder, vllm_servers)
                 result = await update_weights(
                     engine.pool, WeightUpdate.from_disk(path, 1, rolling=True)
                 )
+                generations.enough = True
             nursery.cancel_scope.cancel()
         assert sorted(result.updated) == sorted(s.url for s in vllm_servers)
         assert result.failed == {}
-        check_whole(generations.answers, recorder, GENERATIONS // 2)
+        check_whole(generations.answers, recorder, len(generations.answers))
         ready = ServerState.READY.value
         assert seen == {(ready, ready), ("paused", ready), (ready, "paused")}
         mixed = [a for a in generations.answers.values() if len(set(a.output_versions)) > 1]
