@@ -166,9 +166,15 @@ class Admission:
         self._queue_again(group)
 
     def requeue_accepted(self, group: GroupTask) -> None:
-        """The same for one that was accepted, and whose budget was given back."""
+        """The same for one that was accepted and became too old before anybody took it."""
+        self.staleness.discard()
         self.counts.requeue_accepted()
         self._queue_again(group)
+
+    def discard_accepted(self) -> None:
+        """A group that was accepted became too old before anybody took it: its budget returns."""
+        self.staleness.discard()
+        self.counts.discard(1)
 
     def _queue_again(self, group: GroupTask) -> None:
         group.requeued += 1

@@ -3,103 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 from .delivery import DeliveryQueue, PermitOrder
-from .errors import TooStale, UsageError
+from .errors import UsageError
 from .failures import RejectionBudget
-from .group_policy import GroupPolicy
 from .groups import (
-    ALL_MEMBERS,
-    AcceptFunction,
-    Deliver,
     GroupTask,
-    Verdict,
-    WorkflowLike,
-    resolve_accept,
-    resolve_workflow,
 )
+from .lateness import is_older
 from .loader import LoaderFeed, Prompt
-from .settlement import Failure, RolloutResult
+from .settlement import RolloutResult
 from .trajectory import Batch, Group
-from .types import FailureKind, Outcome
-from .workflow import RolloutWorkflow
+from .types import Outcome
 
 FAILURES_KEPT = 1024
 """Records of failures that one batch holds at most: each may hold an exception with its frames."""
 
 DataLoader: TypeAlias = Iterable[Prompt | Sequence[Prompt]]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutArguments:
-    """What a call wants done with its prompts, checked.
-
-    Args:
-        workflow: Runs one member.
-        should_accept: The filter.
-        group_size: Members of a group.
-        policy: What becomes of a group when a member does not succeed.
-    """
-
-    workflow: RolloutWorkflow
-    should_accept: AcceptFunction | None
-    group_size: int
-    policy: GroupPolicy
-
-    @classmethod
-    def of(
-        cls,
-        workflow: WorkflowLike,
-        workflow_kwargs: Mapping[str, Any] | None,
-        should_accept_fn: AcceptFunction | str | None,
-        group_size: int,
-        group_policy: GroupPolicy | None = None,
-    ) -> RolloutArguments:
-        """Resolve a caller's arguments.
-
-        Raises:
-            UsageError: If one of them is not what it should be.
-        """
-        return cls(
-            resolve_workflow(workflow, workflow_kwargs),
-            resolve_accept(should_accept_fn),
-            positive("group_size", group_size),
-            group_policy or ALL_MEMBERS,
-        )
-
-    def group(
-        self,
-        task_id: str,
-        prompt: Prompt,
-        deliver: Deliver,
-        *,
-        is_eval: bool = False,
-        is_batched: bool = True,
-    ) -> GroupTask:
-        """A group of one prompt.
-
-        Raises:
-            UsageError: If the prompt is no mapping.
-        """
-        if not isinstance(prompt, Mapping):
-            raise UsageError(
-                "a prompt is a mapping, such as {'input_ids': [...]}, "
-                f"not {type(prompt).__name__}"
-            )
-        return GroupTask(
-            task_id=task_id,
-            data=prompt,
-            workflow=self.workflow,
-            should_accept=self.should_accept,
-            size=self.group_size,
-            policy=self.policy,
-            deliver=deliver,
-            is_eval=is_eval,
-            is_batched=is_batched,
-        )
 
 
 class BatchStream:
@@ -248,49 +170,3 @@ class BatchStream:
                 f"the last one are under way and {waiting} wait to be delivered; "
                 "read the last one to its end first"
             )
-
-
-def expired(group: Group, version: int) -> RolloutResult:
-    """The result of a group that was accepted, and became too old before anybody took it."""
-    verdict = outdated(group, version)
-    return RolloutResult(
-        task_id=group.task_id,
-        prompt_id=group.prompt_id,
-        outcome=verdict.outcome,
-        failure=verdict.failure,
-        number=group.number,
-    )
-
-
-def outdated(group: Group, version: int) -> Verdict:
-    """How a group ends that was made well, and is too old for a batch of ``version``."""
-    error = TooStale(
-        f"discarded: its oldest token is of version {group.head_version} and the trainer is at "
-        f"{version}, beyond max_staleness"
-    )
-    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error), too_late=True)
-
-
-def straggler(permit_version: int, version: int) -> Verdict:
-    """How a group ends that still runs when it can no longer be in time."""
-    error = TooStale(
-        f"it started in version {permit_version} and the trainer is at {version}, beyond "
-        "max_staleness; straggler_policy decides what becomes of it"
-    )
-    return Verdict(Outcome.EXPIRED, Failure(FailureKind.DATA, error), too_late=True)
-
-
-def is_older(group: Group, version: int) -> bool:
-    """Whether a group holds a token older than ``version``."""
-    return group.head_version is not None and group.head_version < version
-
-
-def positive(name: str, value: int) -> int:
-    """Return ``value``.
-
-    Raises:
-        UsageError: If it is not an integer of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
-    return value

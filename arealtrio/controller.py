@@ -20,7 +20,8 @@ from typing import Any, Generic, Self, TypeVar
 import outcome
 import trio
 
-from .batching import BatchStream, DataLoader, RolloutArguments
+from .arguments import RolloutArguments
+from .batching import BatchStream, DataLoader
 from .config import RolloutConfig
 from .errors import RolloutClosed, RolloutCrashed, UsageError
 from .executor import WorkflowExecutor, open_executor

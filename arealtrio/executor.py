@@ -7,60 +7,35 @@ settled is below, in ``rollouts``; the same face for an ordinary thread is above
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Mapping,
-    Sequence,
-)
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
-import numpy as np
 import trio
 
-from .batching import (
-    BatchStream,
-    DataLoader,
-    RolloutArguments,
-    expired,
-    is_older,
-    positive,
-)
+from .arguments import RolloutArguments, positive
+from .assembly import BatchAssembly
+from .batching import BatchStream, DataLoader
 from .config import RolloutConfig
+from .consumption import Consumption
 from .engine import RemoteEngine, open_engine
 from .errors import UsageError
 from .group_policy import GroupPolicy
-from .groups import (
-    AcceptFunction,
-    GroupTask,
-    WorkflowLike,
-)
+from .groups import AcceptFunction, GroupTask, WorkflowLike
+from .lateness import expired
 from .loader import Prompt
 from .results import ResultPool
-from .rollouts import RolloutNursery
+from .server_face import ServerFace
 from .settlement import RolloutResult
 from .staleness import StalenessManager
-from .trajectory import Batch, Group
+from .trajectory import Batch
 from .transport import Transport
 from .waiting import crash_of
 from .watch import watch_slow_steps
-from .weights import (
-    WeightsGroup,
-    WeightUpdate,
-    WeightUpdateResult,
-    init_weights_group,
-    update_weights,
-)
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
+from .weights import WeightUpdate, WeightUpdateResult, update_weights
 
 
-class WorkflowExecutor(RolloutNursery):
+class WorkflowExecutor(ServerFace):
     """Runs rollouts: admits them, supervises them, settles each exactly once, delivers them.
 
     Make one with ``open_executor``. All methods are to be called in its trio run; from another
@@ -73,9 +48,6 @@ class WorkflowExecutor(RolloutNursery):
         nursery: Where rollouts run.
         staleness_manager: Admits; None makes one from ``config``. It must be the only owner of
             admission for its servers: two levels of counting deadlock.
-
-    Attributes:
-        staleness_violations: Groups delivered beyond ``max_staleness``; only ``keep`` has any.
     """
 
     def __init__(
@@ -86,13 +58,22 @@ class WorkflowExecutor(RolloutNursery):
         staleness_manager: StalenessManager | None = None,
     ) -> None:
         super().__init__(config, engine, nursery, staleness_manager)
-        self.staleness_violations = 0
         self._results = ResultPool(self._order)
-        self._stream: BatchStream | None = None
-        self._untold: Batch | None = None  # no groups, but failures after an epoch's last batch
+        self._consumption = Consumption(config, self.staleness_manager)
+        self._assembly = BatchAssembly(
+            config,
+            self._order,
+            self._admission,
+            self._failures,
+            self._consumption,
+            self._requeue_accepted,
+        )
         self._ids = itertools.count()
-        self._consumed = 0  # groups that left for the trainer, or were charged for in their place
-        self._shuffle = np.random.default_rng(config.seed)
+
+    @property
+    def staleness_violations(self) -> int:
+        """Groups delivered beyond ``max_staleness``; only ``keep`` has any."""
+        return self._consumption.violations
 
     # --- submit, wait ------------------------------------------------------------------------
 
@@ -234,11 +215,10 @@ class WorkflowExecutor(RolloutNursery):
         if group is None:
             return result
         if self._is_outdated(group):
-            self.staleness_manager.discard()
-            self.counts.discard(1)
+            self._admission.discard_accepted()
             self._pump()  # its budget may let another start
             return expired(group, self.get_version())
-        self._consume([group])
+        self._consumption.take([group], self._oldest())
         return result
 
     def is_eval(self, task_id: str) -> bool:
@@ -251,7 +231,7 @@ class WorkflowExecutor(RolloutNursery):
         for result in results:
             self._results.put(result, is_eval=is_eval)
             if not is_eval and result.group is not None:
-                self._take_back([result.group], self._oldest())
+                self._consumption.take_back([result.group], self._oldest())
         self._waiting.notify()
 
     # --- rollout_batch -----------------------------------------------------------------------
@@ -297,7 +277,8 @@ class WorkflowExecutor(RolloutNursery):
             for group in groups:
                 self._cancel(group)
             # What this call throws away is no debt of the batches to come.
-            self._consume([result.group for result in settled.values() if result.group is not None])
+            unwanted = [result.group for result in settled.values() if result.group is not None]
+            self._consumption.take(unwanted, self._oldest())
             raise
         accepted = tuple(result.group for result in results if result.group is not None)
         failures = tuple(result for result in results if result.group is None)
@@ -374,19 +355,7 @@ class WorkflowExecutor(RolloutNursery):
         the synchronous face can iterate the data loader in the trainer's own thread.
         """
         self._check_open()
-        if self._stream is None:
-            self._stream = BatchStream(
-                dataloader,
-                self._order,
-                self.config.consumer_batch_size,
-                self._charge_place,
-                self.config.max_consecutive_rejections,
-            )
-            if self._untold is not None:
-                self._stream.tell_again(self._untold)
-        self._stream.refuse(dataloader)
-        self._consumed += self._stream.set_dynamic(dynamic)
-        return self._stream
+        return self._assembly.stream_of(dataloader, dynamic=dynamic)
 
     def feed(
         self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
@@ -403,88 +372,27 @@ class WorkflowExecutor(RolloutNursery):
         return await self._wait_until(lambda: self._step(stream))
 
     def _step(self, stream: BatchStream) -> Batch | int | None:
-        self._discard_outdated(self.get_version())
-        size = self.config.consumer_batch_size
-        ready = stream.places.ready >= size
-        if not ready and self._failures.spent:
-            raise self._failures.take_error()
-        if not ready and stream.rejections.spent:
-            raise stream.rejections.take_error()
-        wanted = self._prompts_wanted(stream)
-        # A batch that is ready is held up once at most: rollouts that fail or are rejected at once
-        # would want prompts for ever.
-        if wanted and not (ready and stream.read_ahead):
-            stream.read_ahead = ready
-            return wanted
-        if ready:
-            return self._release(stream, size)
-        if stream.ended:
-            if not stream.has_groups:
-                return self._end_stream(stream)
-            return self._release(stream, stream.places.ready)
-        self._admission.check_budget()
-        return None
+        version = self.get_version()
+        self._discard_outdated(version)
+        return self._assembly.step(stream, version)
 
-    def _prompts_wanted(self, stream: BatchStream) -> int:
-        """How many prompts to read now; asking for one at a time would cost a round trip each."""
-        limit = self.config.pending_limit
-        wanted = limit - self._admission.queued
-        return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
+    def _discard_outdated(self, version: int) -> None:
+        if self._assembly.discard_outdated(version):
+            self._pump()  # its budget may let another start
 
-    def _end_stream(self, stream: BatchStream) -> Batch:
-        """End an epoch with an empty batch. What failed since the last one is told in the next."""
-        self._consumed += stream.give_up_places()
-        self._stream, self._untold = None, stream.batch((), self.get_version())
-        return Batch(groups=(), version=self.get_version())
-
-    def _release(self, stream: BatchStream, count: int) -> Batch:
-        stream.read_ahead = False
-        groups = stream.take(count)
-        self._consume(groups)
-        self._consumed += count - len(groups)  # charged for when they were rejected
-        shuffled = [groups[i] for i in self._shuffle.permutation(len(groups))]
-        return stream.batch(shuffled, self.get_version())
+    def _requeue_accepted(self, group: GroupTask) -> bool:
+        """Queue a group again that was accepted and became too old, where the policy says so."""
+        may = self._may_requeue(group)
+        if may:
+            self._live[group.task_id] = group
+            group.begin_again()
+            self._admission.requeue_accepted(group)
+        return may
 
     def give_back(self, batch: Batch) -> None:
         """Return a batch that did not reach its consumer; the next call delivers it again."""
-        if self._stream is not None:
-            for group in batch.groups:
-                self._stream.places.put(group)
-            self._stream.tell_again(batch)
-            self._take_back(batch.groups, batch.version - self.config.max_staleness)
+        if self._assembly.give_back(batch):
             self._waiting.notify()
-
-    # --- consuming ---------------------------------------------------------------------------
-
-    def _consume(self, groups: Sequence[Group]) -> None:
-        """Groups leave for the trainer: count them, and those that are beyond the bound."""
-        self._consumed += len(groups)
-        self.staleness_violations += sum(is_older(group, self._oldest()) for group in groups)
-
-    def _take_back(self, groups: Sequence[Group], oldest: int) -> None:
-        """Undo ``_consume``, of when ``oldest`` was the oldest admissible version."""
-        self._consumed -= len(groups)
-        self.staleness_violations -= sum(is_older(group, oldest) for group in groups)
-
-    def _discard_outdated(self, version: int) -> None:
-        """Drop, or queue again, what waits for a batch and is too old for ``version``.
-
-        Its budget returns. Under ``requeue`` it is a straggler like any other: that it ended after
-        the last batch it could be in, and not a version later, makes no difference.
-        """
-        if self._stream is None or not self._is_bounded:
-            return
-        for group, task in self._stream.take_older_than(version - self.config.max_staleness):
-            self.staleness_manager.discard()
-            if task is not None and self._may_requeue(task):
-                self._stream.unsettled += 1
-                self._live[task.task_id] = task
-                task.begin_again()
-                self._admission.requeue_accepted(task)
-            else:
-                self._stream.failed(expired(group, version))
-                self.counts.discard(1)
-        self._pump()
 
     # --- version, pause ----------------------------------------------------------------------
 
@@ -517,7 +425,7 @@ class WorkflowExecutor(RolloutNursery):
         update = update or WeightUpdate.label(version)
         if update.version != version:
             raise UsageError(f"recover({version}) was given an update to {update.version}")
-        if self.counts.submitted > self.counts.queued or self._consumed:
+        if self.counts.submitted > self.counts.queued or self._consumption.groups:
             raise UsageError("recover comes first: rollouts were started already")
         self._admission.recovering = True
         result = await update_weights(self.engine.pool, update)
@@ -527,7 +435,7 @@ class WorkflowExecutor(RolloutNursery):
     def _recovered(self, version: int) -> None:
         self._admission.recovering = False
         self.staleness_manager.on_version_recovered(version)
-        self._consumed = version * self.config.consumer_batch_size
+        self._consumption.recover(version)
         self._changed()
 
     async def update_weights(self, update: WeightUpdate) -> WeightUpdateResult:
@@ -543,112 +451,11 @@ class WorkflowExecutor(RolloutNursery):
         if self._admission.recovering:
             self._recovered(result.version)
             return result
-        self._charge_for(result.version)
+        self._discard_outdated(result.version)
+        self._consumption.charge_for(result.version)
         self._stop_stragglers()
         self._changed()
         return result
-
-    async def init_weights_group(
-        self, group: WeightsGroup, join: Callable[[], Awaitable[object]] | None = None
-    ) -> WeightsGroup:
-        """Let every server join a process group of the trainer. See ``weights``.
-
-        Args:
-            group: Where to meet.
-            join: Lets the trainer join at the same time, as rank 0; an async function.
-
-        Returns:
-            The group with its members, for ``WeightUpdate.distributed``.
-
-        Raises:
-            WeightUpdateError: If a server did not join; each is named.
-        """
-        self._check_open()
-        return await init_weights_group(self.engine.pool, group, join)
-
-    async def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
-        """Put every server to sleep until ``onload``; rollouts wait. See ``Memory.offload``."""
-        self._check_open()
-        return await self.engine.offload(keep_weights=keep_weights, drain=drain)
-
-    async def onload(self, tags: Sequence[str] | None = None) -> dict[str, str]:
-        """Wake what sleeps, or a part of it. See ``Memory.onload``."""
-        return await self.engine.onload(tags)
-
-    def offloaded(
-        self, *, keep_weights: bool = True, drain: bool = False
-    ) -> AbstractAsyncContextManager[dict[str, str]]:
-        """Lend the servers' GPUs to the trainer for an ``async with`` block.
-
-        See ``Memory.offloaded``.
-        """
-        self._check_open()
-        return self.engine.offloaded(keep_weights=keep_weights, drain=drain)
-
-    def _charge_place(self) -> None:
-        """Charge the budget for one place that a rejected group takes in a batch."""
-        if self._is_bounded:
-            self.staleness_manager.charge(1)
-
-    def _charge_for(self, version: int) -> None:
-        """Charge the budget for version steps that consumed less than a batch each.
-
-        The proof in ``delivery`` has one release of B per step, so a short batch must not buy more
-        rollouts than a full one. AReaL's ``keep`` has no such condition.
-        """
-        if not self._is_bounded:
-            return
-        self._discard_outdated(version)
-        short = version * self.config.consumer_batch_size - self._consumed
-        if short > 0:
-            self.staleness_manager.charge(short)
-            self._consumed += short
-
-    # --- servers -----------------------------------------------------------------------------
-
-    def add_server(self, address: str, cap: int | None = None) -> None:
-        """Add a server, and return at once; it takes requests when it is up and has the weights.
-
-        Args:
-            address: Its base URL.
-            cap: Requests in flight at most; None asks the server.
-
-        Raises:
-            UsageError: If it is there already.
-            ConfigError: If the address is none, or the cap is no integer of at least 1.
-        """
-        self._check_open()
-        self.engine.pool.add(address, cap)
-
-    def remove_server(self, address: str) -> None:
-        """Take a server out, and return at once; it finishes what it has, and gets no more.
-
-        Raises:
-            UsageError: If it is not there.
-        """
-        self._check_open()
-        self.engine.pool.remove(address)
-
-    def set_server_cap(self, address: str, cap: int) -> None:
-        """Change how many requests a server may have at once; 0 drains it, and keeps it.
-
-        Raises:
-            UsageError: If it is not there, or the cap is no integer from 0 on.
-        """
-        self._check_open()
-        self.engine.pool.set_cap(address, cap)
-
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every server is ready, but those that are leaving.
-
-        Args:
-            timeout_s: Choose it above the time a server takes to start and to load its weights.
-
-        Raises:
-            NoServerAvailable: If one is not; each is named, with the reason.
-        """
-        self._check_open()
-        await self.engine.pool.wait_ready(timeout_s)
 
     # --- admission ---------------------------------------------------------------------------
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import trio
 
-from .errors import UsageError, WorkflowError
+from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
 from .rollout_engine import RolloutEngine
@@ -177,53 +175,6 @@ class GroupTask:
             prompt_id=self.prompt_id,
             task_id=self.task_id,
         )
-
-
-def resolve_workflow(
-    workflow: WorkflowLike, workflow_kwargs: Mapping[str, Any] | None = None
-) -> RolloutWorkflow:
-    """Return a workflow instance.
-
-    Args:
-        workflow: An instance; or a class, made with ``workflow_kwargs``; or an import path
-            (``package.module:name``) of either.
-        workflow_kwargs: For a class only.
-
-    Raises:
-        UsageError: If it is none of these, or has no coroutine method ``arun_episode``.
-    """
-    found: Any = _import(workflow) if isinstance(workflow, str) else workflow
-    if inspect.isclass(found):
-        found = found(**(workflow_kwargs or {}))
-    elif workflow_kwargs:
-        raise UsageError("workflow_kwargs were given with a workflow that is made already")
-    if not inspect.iscoroutinefunction(getattr(found, "arun_episode", None)):
-        raise UsageError(
-            "a workflow has a coroutine method arun_episode(engine, data); "
-            f"{type(found).__name__} has none"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def resolve_accept(should_accept_fn: AcceptFunction | str | None) -> AcceptFunction | None:
-    """Return a filter, imported if it was named.
-
-    Raises:
-        UsageError: If it can not be called.
-    """
-    found: Any = (
-        _import(should_accept_fn) if isinstance(should_accept_fn, str) else should_accept_fn
-    )
-    if found is not None and not callable(found):
-        raise UsageError(f"should_accept_fn can not be called: {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
-
-
-def _import(path: str) -> Any:
-    try:
-        return pkgutil.resolve_name(path)
-    except (ValueError, ImportError, AttributeError) as exc:
-        raise UsageError(f"{path!r} can not be imported: {exc}") from exc
 
 
 def judge(group: GroupTask) -> tuple[Group | None, Verdict]:

@@ -16,13 +16,13 @@ import trio
 
 from .admission import Admission
 from .asyncio_workflow import explain_asyncio
-from .batching import is_older, outdated, straggler
 from .config import RolloutConfig
 from .delivery import PermitOrder
 from .engine import RemoteEngine
 from .errors import DeadlineExceeded, RolloutClosed
 from .failures import FailureBudget
 from .groups import CANCELLED, GroupTask, Verdict, judge
+from .lateness import is_bounded, is_older, outdated, straggler
 from .rollout_engine import RolloutEngine
 from .settlement import Failure, RolloutCounts, RolloutResult, classify
 from .staleness import StalenessManager
@@ -76,7 +76,7 @@ class RolloutNursery:
         self._all_left = trio.Event()  # no rollout runs any more, after close
         self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
         nursery.start_soon(self._alarm.run, name="stall alarm")
-        self._is_bounded = config.straggler_policy != "keep"
+        self._is_bounded = is_bounded(config)
 
     @property
     def counts(self) -> RolloutCounts:

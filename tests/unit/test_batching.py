@@ -10,7 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from arealtrio.batching import FAILURES_KEPT, BatchStream, RolloutArguments, positive
+from arealtrio.arguments import RolloutArguments
+from arealtrio.batching import FAILURES_KEPT, BatchStream
 from arealtrio.delivery import PermitOrder
 from arealtrio.errors import StalenessBudgetExhausted, TooManyFailures, UsageError
 from arealtrio.executor import WorkflowExecutor
@@ -27,7 +28,6 @@ from .puppet import (
     prompt_list,
     prompts,
     raises,
-    row,
     settled,
 )
 
@@ -549,24 +549,8 @@ async def test_submit_and_prepare_batch_share_the_budget_and_nothing_else(
         assert result.task_id == "mine"
         check_counts(executor)
 
+    # --- the parts -----------------------------------------------------------------------------------
 
-# --- the parts -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [0, -3, 1.0, "2", True, None])
-def test_positive_refuses(value: Any) -> None:
-    with pytest.raises(UsageError, match="size must be an integer of at least 1"):
-        positive("size", value)
-    assert positive("size", 3) == 3
-
-
-def test_arguments_are_resolved_once() -> None:
-    arguments = RolloutArguments.of(Instant, {"decide": lambda _: row()}, None, 2)
-    assert isinstance(arguments.workflow, Instant)
-    group = arguments.group("t", {"prompt_id": 3}, lambda *_: None)
-    assert group.is_batched
-    assert not group.is_eval
-    assert (group.size, group.prompt_id) == (2, "3")
     with pytest.raises(UsageError):
         RolloutArguments.of(Instant, None, None, 0)
 

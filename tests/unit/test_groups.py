@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import trio
 
-from arealtrio.errors import ConfigError, UsageError, WorkflowError
+from arealtrio.errors import ConfigError, WorkflowError
 from arealtrio.group_policy import GroupPolicy
 from arealtrio.groups import (
     ACCEPTED,
@@ -16,8 +16,6 @@ from arealtrio.groups import (
     GroupTask,
     Verdict,
     accepts,
-    resolve_accept,
-    resolve_workflow,
 )
 from arealtrio.settlement import Failure
 from arealtrio.trajectory import Group
@@ -185,47 +183,7 @@ async def test_what_its_owner_withdrew_is_cancelled_whatever_went_before() -> No
     assert group.verdict is CANCELLED
 
 
-# --- what the caller gave ------------------------------------------------------------------------
-
-
-def test_a_workflow_is_an_instance_a_class_or_a_path() -> None:
-    instance = Instant()
-    assert resolve_workflow(instance) is instance
-    assert isinstance(resolve_workflow(Instant, {"decide": accept_all}), Instant)
-    path = "arealtrio.workflow:SingleTurnWorkflow"
-    with pytest.raises(TypeError):  # its constructor's own, for missing arguments
-        resolve_workflow(path)
-
-
-class NotACoroutine:
-    def arun_episode(self, engine: Any, data: Any, /) -> Any:
-        return None
-
-
-@pytest.mark.parametrize("workflow", [object(), NotACoroutine(), NotACoroutine, int, "json:dumps"])
-def test_what_is_no_workflow_is_refused(workflow: Any) -> None:
-    with pytest.raises(UsageError, match="arun_episode"):
-        resolve_workflow(workflow)
-
-
-@pytest.mark.parametrize("path", ["no.such.module:name", "json:no_such_name", "", "3:4"])
-def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
-    for resolve in (resolve_workflow, resolve_accept):
-        with pytest.raises(UsageError, match="can not be imported"):
-            resolve(path)
-
-
-def test_arguments_for_an_instance_are_refused() -> None:
-    with pytest.raises(UsageError, match="made already"):
-        resolve_workflow(Instant(), {"decide": accept_all})
-
-
-def test_a_filter_is_a_function_a_path_or_none() -> None:
-    assert resolve_accept(None) is None
-    assert resolve_accept(accept_all) is accept_all
-    assert callable(resolve_accept("operator:truth"))
-    with pytest.raises(UsageError, match="can not be called: int"):
-        resolve_accept(3)  # type: ignore[arg-type]
+# --- the filter ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -26,8 +26,10 @@ TOP = (
     ("demo",),
     ("controller",),
     ("executor",),
-    ("rollouts",),
-    ("admission", "batching", "results", "status"),
+    ("server_face",),
+    ("assembly", "rollouts"),
+    ("admission", "arguments", "batching", "consumption", "results", "status"),
+    ("lateness",),
     ("groups",),
     ("delivery", "failures", "group_policy", "loader", "rollout_engine", "settlement"),
 )

@@ -1,0 +1,142 @@
+"""RolloutArguments: what a call wants done with its prompts, resolved and checked."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+from .group_policy import GroupPolicy
+from .groups import ALL_MEMBERS, AcceptFunction, Deliver, GroupTask, WorkflowLike
+from .loader import Prompt
+from .workflow import RolloutWorkflow
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutArguments:
+    """What a call wants done with its prompts, checked.
+
+    Args:
+        workflow: Runs one member.
+        should_accept: The filter.
+        group_size: Members of a group.
+        policy: What becomes of a group when a member does not succeed.
+    """
+
+    workflow: RolloutWorkflow
+    should_accept: AcceptFunction | None
+    group_size: int
+    policy: GroupPolicy
+
+    @classmethod
+    def of(
+        cls,
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None,
+        should_accept_fn: AcceptFunction | str | None,
+        group_size: int,
+        group_policy: GroupPolicy | None = None,
+    ) -> RolloutArguments:
+        """Resolve a caller's arguments.
+
+        Raises:
+            UsageError: If one of them is not what it should be.
+        """
+        return cls(
+            resolve_workflow(workflow, workflow_kwargs),
+            resolve_accept(should_accept_fn),
+            positive("group_size", group_size),
+            group_policy or ALL_MEMBERS,
+        )
+
+    def group(
+        self,
+        task_id: str,
+        prompt: Prompt,
+        deliver: Deliver,
+        *,
+        is_eval: bool = False,
+        is_batched: bool = True,
+    ) -> GroupTask:
+        """A group of one prompt.
+
+        Raises:
+            UsageError: If the prompt is no mapping.
+        """
+        if not isinstance(prompt, Mapping):
+            raise UsageError(
+                "a prompt is a mapping, such as {'input_ids': [...]}, "
+                f"not {type(prompt).__name__}"
+            )
+        return GroupTask(
+            task_id=task_id,
+            data=prompt,
+            workflow=self.workflow,
+            should_accept=self.should_accept,
+            size=self.group_size,
+            policy=self.policy,
+            deliver=deliver,
+            is_eval=is_eval,
+            is_batched=is_batched,
+        )
+
+
+def resolve_workflow(
+    workflow: WorkflowLike, workflow_kwargs: Mapping[str, Any] | None = None
+) -> RolloutWorkflow:
+    """Return a workflow instance.
+
+    Args:
+        workflow: An instance; or a class, made with ``workflow_kwargs``; or an import path
+            (``package.module:name``) of either.
+        workflow_kwargs: For a class only.
+
+    Raises:
+        UsageError: If it is none of these, or has no coroutine method ``arun_episode``.
+    """
+    found: Any = _import(workflow) if isinstance(workflow, str) else workflow
+    if inspect.isclass(found):
+        found = found(**(workflow_kwargs or {}))
+    elif workflow_kwargs:
+        raise UsageError("workflow_kwargs were given with a workflow that is made already")
+    if not inspect.iscoroutinefunction(getattr(found, "arun_episode", None)):
+        raise UsageError(
+            "a workflow has a coroutine method arun_episode(engine, data); "
+            f"{type(found).__name__} has none"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def resolve_accept(should_accept_fn: AcceptFunction | str | None) -> AcceptFunction | None:
+    """Return a filter, imported if it was named.
+
+    Raises:
+        UsageError: If it can not be called.
+    """
+    found: Any = (
+        _import(should_accept_fn) if isinstance(should_accept_fn, str) else should_accept_fn
+    )
+    if found is not None and not callable(found):
+        raise UsageError(f"should_accept_fn can not be called: {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _import(path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)
+    except (ValueError, ImportError, AttributeError) as exc:
+        raise UsageError(f"{path!r} can not be imported: {exc}") from exc
+
+
+def positive(name: str, value: int) -> int:
+    """Return ``value``.
+
+    Raises:
+        UsageError: If it is not an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value

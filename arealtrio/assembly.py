@@ -1,0 +1,155 @@
+"""BatchAssembly: what ``prepare_batch`` decides, step by step. It waits for nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .admission import Admission
+from .batching import BatchStream, DataLoader
+from .config import RolloutConfig
+from .consumption import Consumption
+from .delivery import PermitOrder
+from .failures import FailureBudget
+from .groups import GroupTask
+from .lateness import expired, is_bounded
+from .trajectory import Batch
+
+
+class BatchAssembly:
+    """Says when to read prompts, and puts groups that have settled together as batches.
+
+    Args:
+        config: Limits and policies.
+        order: Of all permits.
+        admission: Of the rollouts; asked what is queued, and told what nobody will take.
+        failures: Spent, it ends a call.
+        consumption: Is told of what leaves.
+        requeue: Queues a group again that was accepted, and may do so no more often than it says.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        order: PermitOrder,
+        admission: Admission,
+        failures: FailureBudget,
+        consumption: Consumption,
+        requeue: Callable[[GroupTask], bool],
+    ) -> None:
+        self._config = config
+        self._order = order
+        self._admission = admission
+        self._failures = failures
+        self._consumption = consumption
+        self._requeue = requeue
+        self._is_bounded = is_bounded(config)
+        self._stream: BatchStream | None = None
+        self._untold: Batch | None = None  # no groups, but failures after an epoch's last batch
+        self._shuffle = np.random.default_rng(config.seed)
+
+    def stream_of(self, loader: DataLoader, *, dynamic: bool) -> BatchStream:
+        """The stream of a data loader: the one under way, or a new epoch.
+
+        Raises:
+            UsageError: For another loader while prompts of the last one are under way.
+        """
+        if self._stream is None:
+            self._stream = BatchStream(
+                loader,
+                self._order,
+                self._config.consumer_batch_size,
+                self._consumption.charge_place,
+                self._config.max_consecutive_rejections,
+            )
+            if self._untold is not None:
+                self._stream.tell_again(self._untold)
+        self._stream.refuse(loader)
+        self._consumption.take_places(self._stream.set_dynamic(dynamic))
+        return self._stream
+
+    def step(self, stream: BatchStream, version: int) -> Batch | int | None:
+        """How many prompts to read now; or a batch, empty at the end; None while there is neither.
+
+        Args:
+            stream: Of ``stream_of``.
+            version: The trainer's; ``discard_outdated`` was called with it.
+
+        Raises:
+            TooManyFailures: A budget is spent, and no batch is ready.
+            StalenessBudgetExhausted: If no batch can be had before the next version.
+        """
+        size = self._config.consumer_batch_size
+        ready = stream.places.ready >= size
+        if not ready:
+            self._check_failures(stream)
+        wanted = self._prompts_wanted(stream)
+        # A batch that is ready is held up once at most: rollouts that fail or are rejected at once
+        # would want prompts for ever.
+        if wanted and not (ready and stream.read_ahead):
+            stream.read_ahead = ready
+            return wanted
+        if ready:
+            return self._release(stream, size, version)
+        if stream.ended:
+            if not stream.has_groups:
+                return self._end_stream(stream, version)
+            return self._release(stream, stream.places.ready, version)
+        self._admission.check_budget()
+        return None
+
+    def _check_failures(self, stream: BatchStream) -> None:
+        for budget in (self._failures, stream.rejections):
+            if budget.spent:
+                raise budget.take_error()
+
+    def _prompts_wanted(self, stream: BatchStream) -> int:
+        """How many prompts to read now; asking for one at a time would cost a round trip each."""
+        limit = self._config.pending_limit
+        wanted = limit - self._admission.queued
+        return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
+
+    def _end_stream(self, stream: BatchStream, version: int) -> Batch:
+        """End an epoch with an empty batch. What failed since the last one is told in the next."""
+        self._consumption.take_places(stream.give_up_places())
+        self._stream, self._untold = None, stream.batch((), version)
+        return Batch(groups=(), version=version)
+
+    def _release(self, stream: BatchStream, count: int, version: int) -> Batch:
+        stream.read_ahead = False
+        groups = stream.take(count)
+        self._consumption.take(groups, version - self._config.max_staleness)
+        self._consumption.take_places(count - len(groups))  # charged for when they were rejected
+        shuffled = [groups[i] for i in self._shuffle.permutation(len(groups))]
+        return stream.batch(shuffled, version)
+
+    def give_back(self, batch: Batch) -> bool:
+        """Return a batch that did not reach its consumer; say whether a later one delivers it."""
+        if self._stream is None:
+            return False
+        for group in batch.groups:
+            self._stream.places.put(group)
+        self._stream.tell_again(batch)
+        self._consumption.take_back(batch.groups, batch.version - self._config.max_staleness)
+        return True
+
+    def discard_outdated(self, version: int) -> bool:
+        """Drop, or queue again, what waits for a batch and is too old for ``version``.
+
+        Its budget returns. Under ``requeue`` it is a straggler like any other: that it ended after
+        the last batch it could be in, and not a version later, makes no difference.
+
+        Returns:
+            Whether there was any.
+        """
+        if self._stream is None or not self._is_bounded:
+            return False
+        old = self._stream.take_older_than(version - self._config.max_staleness)
+        for group, task in old:
+            if task is not None and self._requeue(task):
+                self._stream.unsettled += 1
+            else:
+                self._stream.failed(expired(group, version))
+                self._admission.discard_accepted()
+        return bool(old)

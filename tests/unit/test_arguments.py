@@ -1,0 +1,73 @@
+"""RolloutArguments: what a call wants done is resolved, and refused where it can not be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arealtrio.arguments import RolloutArguments, positive, resolve_accept, resolve_workflow
+from arealtrio.errors import UsageError
+from arealtrio.trajectory import Group
+
+from .puppet import Instant, row
+
+
+def accept_all(group: Group) -> bool:
+    return True
+
+
+def test_a_workflow_is_an_instance_a_class_or_a_path() -> None:
+    instance = Instant()
+    assert resolve_workflow(instance) is instance
+    assert isinstance(resolve_workflow(Instant, {"decide": accept_all}), Instant)
+    path = "arealtrio.workflow:SingleTurnWorkflow"
+    with pytest.raises(TypeError):  # its constructor's own, for missing arguments
+        resolve_workflow(path)
+
+
+class NotACoroutine:
+    def arun_episode(self, engine: Any, data: Any, /) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("workflow", [object(), NotACoroutine(), NotACoroutine, int, "json:dumps"])
+def test_what_is_no_workflow_is_refused(workflow: Any) -> None:
+    with pytest.raises(UsageError, match="arun_episode"):
+        resolve_workflow(workflow)
+
+
+@pytest.mark.parametrize("path", ["no.such.module:name", "json:no_such_name", "", "3:4"])
+def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
+    for resolve in (resolve_workflow, resolve_accept):
+        with pytest.raises(UsageError, match="can not be imported"):
+            resolve(path)
+
+
+def test_arguments_for_an_instance_are_refused() -> None:
+    with pytest.raises(UsageError, match="made already"):
+        resolve_workflow(Instant(), {"decide": accept_all})
+
+
+def test_a_filter_is_a_function_a_path_or_none() -> None:
+    assert resolve_accept(None) is None
+    assert resolve_accept(accept_all) is accept_all
+    assert callable(resolve_accept("operator:truth"))
+    with pytest.raises(UsageError, match="can not be called: int"):
+        resolve_accept(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.0, "2", True, None])
+def test_positive_refuses(value: Any) -> None:
+    with pytest.raises(UsageError, match="size must be an integer of at least 1"):
+        positive("size", value)
+    assert positive("size", 3) == 3
+
+
+def test_arguments_are_resolved_once() -> None:
+    arguments = RolloutArguments.of(Instant, {"decide": lambda _: row()}, None, 2)
+    assert isinstance(arguments.workflow, Instant)
+    group = arguments.group("t", {"prompt_id": 3}, lambda *_: None)
+    assert group.is_batched
+    assert not group.is_eval
+    assert (group.size, group.prompt_id) == (2, "3")
