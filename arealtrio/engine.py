@@ -178,6 +178,7 @@ class RemoteEngine:
             raise InvalidRequest("the prompt is empty")
         self._check_vocabulary(prompt)
         self._check_logprobs(gconfig)
+        self._check_experts(gconfig)
         budget = self._budget(len(prompt), gconfig)
         return Generation(request, request.rid or uuid.uuid4().hex, budget, origin, session)
 
@@ -208,6 +209,14 @@ class RemoteEngine:
             "Start vLLM with --logprobs-mode processed_logprobs",
             stacklevel=4,
         )
+
+    def _check_experts(self, gconfig: GenerationHyperparameters) -> None:
+        silent = [s.address for s in self.pool.in_service if s.info.tells_experts is False]
+        if gconfig.return_routed_experts and silent:
+            raise InvalidRequest(
+                f"routed experts are asked for, and {', '.join(silent)} can not tell them; start "
+                "every server with --enable-return-routed-experts"
+            )
 
     def _budget(self, prompt_len: int, gconfig: GenerationHyperparameters) -> int:
         """New tokens that there is room for: vLLM would clamp silently, so it is decided here."""
@@ -243,7 +252,7 @@ class RemoteEngine:
             if not generation.under_way:
                 self._affinity.settle(generation.session, lease.server.address)
             segment = generation.next_segment(self.config, lease, adapter)
-            arrived = self._parser_for(lease.server)
+            arrived = self._parser_for(lease.server, generation)
             generation.lease, generation.arrived = lease, arrived
             try:
                 self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
@@ -258,9 +267,13 @@ class RemoteEngine:
         if generation.stop_reason == "abort" and not generation.finished:
             self._check_interruptions(generation)
 
-    def _parser_for(self, server: Server) -> StreamParser | None:
-        """Where a streamed answer is collected; None to ask for it in one piece."""
-        if self.config.streaming and server.info.streams_news:
+    def _parser_for(self, server: Server, generation: Generation) -> StreamParser | None:
+        """Where a streamed answer is collected; None to ask for it in one piece.
+
+        Experts come with the last token alone, and no token is kept without them.
+        """
+        wanted = self.config.streaming and not generation.wants_experts
+        if wanted and server.info.streams_news:
             return self.pool.dialect.stream_parser()
         return None
 
@@ -269,9 +282,25 @@ class RemoteEngine:
     ) -> None:
         """Append an answer to its generation, or raise ProtocolError and change nothing."""
         versions, exact = versions_of(self.pool, lease, answer)
+        if generation.wants_experts and answer.stop_reason == "abort":
+            answer, versions = self._without_lost(generation, answer, versions)
         generation.take(lease.server.address, segment, answer, versions, exact)
         self._tally.tokens_generated += len(answer.token_ids)
         self._tally.tokens_regenerated += generation.made_again(len(answer.token_ids))
+
+    def _without_lost(
+        self, generation: Generation, answer: SegmentResponse, versions: Int32Array
+    ) -> tuple[SegmentResponse, Int32Array]:
+        """An aborted answer; without its tokens, where their experts were not told."""
+        count = len(answer.token_ids)
+        if answer.routed_experts is not None or not count:
+            return answer, versions
+        self._tally.tokens_lost += count
+        generation.redo = max(generation.redo, count)
+        nothing = dataclasses.replace(
+            answer, token_ids=answer.token_ids[:0], logprobs=answer.logprobs[:0], versions=()
+        )
+        return nothing, versions[:0]
 
     def _salvage(
         self,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .config import RolloutConfig
 from .errors import ProtocolError
+from .experts import RoutedExperts
 from .ordering import Origin
 from .servers import Lease
 from .types import (
@@ -82,6 +83,7 @@ class Generation:
     logprobs: list[Float32Array] = field(default_factory=list)
     versions: list[Int32Array] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    experts: RoutedExperts = field(default_factory=RoutedExperts)
     count: int = 0
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -120,6 +122,7 @@ class Generation:
             gconfig=gconfig,
             model=adapter or gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
+            experts_from=self.experts.count,
         )
 
     def _segment_limit(self, config: RolloutConfig) -> int:
@@ -150,6 +153,8 @@ class Generation:
         floor = self.lowest_admissible_version
         if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
             raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
+        if count and self.wants_experts:
+            self._take_experts(server, answer, len(segment.token_ids) + count)
         self.stop_reason = answer.stop_reason
         self.server = server
         self.failed_on = frozenset()
@@ -162,6 +167,19 @@ class Generation:
         self.count += count
         cut_by_us = answer.stop_reason == "length" and count == asked
         self.ended = answer.stop_reason != "abort" and not (cut_by_us and self.count < self.budget)
+
+    @property
+    def wants_experts(self) -> bool:
+        """Whether tokens are of no use without the experts they went through."""
+        return self.request.gconfig.return_routed_experts
+
+    def _take_experts(self, server: str, answer: SegmentResponse, tokens: int) -> None:
+        if answer.routed_experts is None:
+            raise ProtocolError(
+                f"{server} did not tell the experts that its tokens went through; start it with "
+                "--enable-return-routed-experts"
+            )
+        self.experts.take(answer.routed_experts, tokens, server)
 
     def made_again(self, count: int) -> int:
         """Of ``count`` new tokens, those that replace some that were made before, at most."""
@@ -180,6 +198,7 @@ class Generation:
             stop_reason="length" if self.stop_reason == "abort" else self.stop_reason,
             versions_exact=self.exact,
             segments=tuple(self.segments),
+            routed_experts=self.experts.joined() if self.wants_experts and self.count else None,
             latency_s=latency_s,
             wait_s=self.wait_s,
         )

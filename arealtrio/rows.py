@@ -19,6 +19,7 @@ from .types import (
     PROMPT_VERSION,
     Float32Array,
     Int32Array,
+    IntegerArray,
     ModelResponse,
     TokenIds,
     Trajectory,
@@ -98,6 +99,7 @@ class RowBuilder:
         self._masks: list[Int32Array] = []
         self._logprobs: list[Float32Array] = []
         self._versions: list[Int32Array] = []
+        self._experts: list[IntegerArray] = []  # of the first tokens, as far as they were told
         self._length = 0
         self._exact = True
 
@@ -149,7 +151,15 @@ class RowBuilder:
             response.output_versions,
         )
         self._exact = self._exact and response.versions_exact
+        self._append_experts(response.routed_experts)
         return self
+
+    def _append_experts(self, told: IntegerArray | None) -> None:
+        """Take those of the tokens that no earlier answer told: they were read by this one."""
+        if told is None:
+            self._experts = []
+            return
+        self._experts.append(told[sum(map(len, self._experts)) :])
 
     def build(
         self, reward: float, *, extras: Mapping[str, npt.NDArray[Any]] | None = None
@@ -158,7 +168,10 @@ class RowBuilder:
 
         Args:
             reward: Of the whole row, finite.
-            extras: Further vectors of the row's length, int32 or float32 after conversion.
+            extras: Further vectors of the row's length, int32 or float32 after conversion, or
+                matrices with a row for each token. Where the last response tells the experts that
+                its tokens went through, these are the extra ``routed_experts``, int[T, layers ·
+                top_k]; zeros stand for what no model has read, as the last token.
 
         Raises:
             WorkflowError: For a reward that is no finite number, an empty row or a wrong extra.
@@ -172,9 +185,17 @@ class RowBuilder:
             versions=np.concatenate(self._versions),
             reward=as_reward(reward),
             versions_exact=self._exact,
-            extras=dict(extras or {}),
+            extras={**self._experts_extra(), **(extras or {})},
         )
         return _with_clean_extras(row)
+
+    def _experts_extra(self) -> dict[str, IntegerArray]:
+        if not self._experts:
+            return {}
+        told = np.concatenate(self._experts)
+        whole = np.zeros((self._length, told.shape[1]), dtype=told.dtype)
+        whole[: len(told)] = told
+        return {"routed_experts": whole}
 
     def _check(self, response: ModelResponse) -> None:
         lengths = {
@@ -260,10 +281,17 @@ def _with_clean_extras(row: object) -> Trajectory:
     if not isinstance(row, Trajectory):
         raise WorkflowError(f"{EXPECTED}; not a sequence with a {type(row).__name__}")
     check_extra_names(row.extras)
-    clean = {name: as_column(f"extra {name!r}", extra) for name, extra in row.extras.items()}
+    clean = {name: _clean_extra(name, extra) for name, extra in row.extras.items()}
     if all(clean[name] is row.extras[name] for name in clean):
         return row
     return replace(row, extras=clean)
+
+
+def _clean_extra(name: str, extra: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A vector in one of a batch's two dtypes; a matrix, which may be large, in its own."""
+    if np.ndim(extra) != 2 or np.asarray(extra).dtype.kind not in "iuf":
+        return as_column(f"extra {name!r}", extra)
+    return np.ascontiguousarray(extra)
 
 
 def check_extra_names(names: Iterable[str]) -> None:

@@ -213,13 +213,13 @@ class Batch:
         Returns:
             ``input_ids``, ``loss_mask`` and ``versions`` int32[B, T], ``logprobs`` float32[B, T],
             ``attention_mask`` bool[B, T], ``rewards`` float32[B], ``group_ids`` int32[B] (the
-            group's place in this batch), and the rows' extras [B, T]. B counts rows, T is the
-            longest.
+            group's place in this batch), and the rows' extras [B, T], or [B, T, width] of matrices.
+            B counts rows, T is the longest.
 
         Raises:
-            WorkflowError: If the rows' extras differ in names or dtypes.
+            WorkflowError: If the rows' extras differ in names, dtypes or widths.
         """
-        columns = self._columns()
+        columns, wide = _parted(self._columns())
         shape = (len(self.rows), _longest(columns))
         memory = CollateBuffers(1) if buffers is None else buffers
         out = {name: memory._take(name, shape, dtype) for name, (dtype, _) in columns.items()}
@@ -231,6 +231,9 @@ class Batch:
             list(out.values()),
             mask,
         )
+        for name, (dtype, rows) in wide.items():
+            out[name] = memory._take(name, (*shape, rows[0].shape[1]), dtype)
+            _pad_wide(rows, out[name])
         memory._turn()
         return {**out, "attention_mask": mask, **self._per_row()}
 
@@ -242,15 +245,15 @@ class Batch:
 
         Returns:
             ``input_ids``, ``loss_mask``, ``versions`` int32[total], ``logprobs`` float32[total],
-            the rows' extras [total], ``cu_seqlens`` int32[B + 1] (row b is ``cu_seqlens[b]`` to
-            ``cu_seqlens[b + 1]``), ``max_seqlen`` int, ``rewards`` float32[B] and ``group_ids``
-            int32[B].
+            the rows' extras [total], or [total, width] of matrices, ``cu_seqlens`` int32[B + 1]
+            (row b is ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``), ``max_seqlen`` int, ``rewards``
+            float32[B] and ``group_ids`` int32[B].
 
         Raises:
-            WorkflowError: If the rows' extras differ in names or dtypes.
+            WorkflowError: If the rows' extras differ in names, dtypes or widths.
             UsageError: If it has more than 2³¹ - 1 tokens, which ``cu_seqlens`` can not count.
         """
-        columns = self._columns()
+        columns, wide = _parted(self._columns())
         total = sum(map(len, columns["input_ids"][1]))
         if total > INT32_MAX:
             raise UsageError(f"{total} tokens can not be packed: cu_seqlens is int32")
@@ -258,6 +261,9 @@ class Batch:
         out = {name: memory._take(name, (total,), dtype) for name, (dtype, _) in columns.items()}
         cu_seqlens = memory._take("cu_seqlens", (len(self.rows) + 1,), np.int32)
         collate.pack([column for _, column in columns.values()], list(out.values()), cu_seqlens)
+        for name, (dtype, rows) in wide.items():
+            out[name] = memory._take(name, (total, rows[0].shape[1]), dtype)
+            np.concatenate(rows, out=out[name])
         memory._turn()
         lengths = {"cu_seqlens": cu_seqlens, "max_seqlen": _longest(columns)}
         return {**out, **lengths, **self._per_row()}
@@ -278,7 +284,7 @@ class Batch:
 
         Raises:
             UsageError: If torch is not installed.
-            WorkflowError: If the rows' extras differ in names or dtypes.
+            WorkflowError: If the rows' extras differ in names, dtypes or widths.
         """
         if layout == "packed":
             return to_torch(self.packed(buffers=buffers))
@@ -330,21 +336,35 @@ class Batch:
         }
         if not any(row.extras for row in self.rows):
             return columns
-        dtypes = _extra_dtypes(self.rows[0].extras)
-        check_extra_names(dtypes)
+        kinds = _extra_kinds(self.rows[0].extras)
+        check_extra_names(kinds)
         for row in self.rows:
-            if _extra_dtypes(row.extras) != dtypes:
+            if _extra_kinds(row.extras) != kinds:
                 raise WorkflowError(
                     f"the rows of a batch must have the same extras: some have "
-                    f"{sorted(dtypes)}, some {sorted(row.extras)}, or in other dtypes"
+                    f"{sorted(kinds)}, some {sorted(row.extras)}, or in other dtypes or widths"
                 )
-        extras = {name: [row.extras[name] for row in self.rows] for name in dtypes}
-        return {**columns, **{name: (dtypes[name], extras[name]) for name in dtypes}}
+        extras = {name: [row.extras[name] for row in self.rows] for name in kinds}
+        return {**columns, **{name: (kinds[name][0], extras[name]) for name in kinds}}
 
 
 def _longest(columns: Columns) -> int:
     return max(map(len, columns["input_ids"][1]), default=0)
 
 
-def _extra_dtypes(extras: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    return {name: extra.dtype for name, extra in extras.items()}
+def _extra_kinds(extras: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Name to dtype and width; a vector has none."""
+    return {name: (extra.dtype, extra.shape[1:]) for name, extra in extras.items()}
+
+
+def _parted(columns: Columns) -> tuple[Columns, Columns]:
+    """The vectors, and the matrices."""
+    wide = {name: column for name, column in columns.items() if column[1] and column[1][0].ndim > 1}
+    return {name: column for name, column in columns.items() if name not in wide}, wide
+
+
+def _pad_wide(rows: list[npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
+    """Matrices are few and large, so that what a loop costs does not matter."""
+    for row, place in zip(rows, out, strict=True):
+        place[: len(row)] = row
+        place[len(row) :] = 0

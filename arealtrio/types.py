@@ -19,6 +19,7 @@ from .errors import ConfigError, InvalidRequest, WorkflowError
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+IntegerArray: TypeAlias = npt.NDArray[np.integer[Any]]
 TokenIds: TypeAlias = Int32Array | Sequence[int]
 
 StopReason: TypeAlias = Literal["stop", "length", "abort", "tool_calls"]
@@ -73,6 +74,9 @@ class GenerationHyperparameters:
         stop: Generation ends after one of these strings.
         ignore_eos: Go on past the end-of-sequence token.
         skip_special_tokens: For the server's text, which this library does not read.
+        return_routed_experts: Of a mixture of experts, tell which of them each token went through,
+            so that a trainer can send it through the same ones; see
+            ``ModelResponse.routed_experts``. The servers need ``--enable-return-routed-experts``.
         frequency_penalty: In [-2, 2]; 0 is off.
         presence_penalty: In [-2, 2]; 0 is off.
         repetition_penalty: Above 0; 1 is off.
@@ -93,6 +97,7 @@ class GenerationHyperparameters:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    return_routed_experts: bool = False
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -190,6 +195,10 @@ class ModelResponse:
         versions_exact: False where a version had to be taken from the client's own belief although
             an update landed meanwhile, or the server's label was not an integer.
         segments: Where the tokens came from, in order.
+        routed_experts: int[P + N - 1, layers · top_k], the experts that each token but the last
+            went through on its server, if they were asked for, else None. Nothing has read the last
+            token yet. ``reshape(len, layers, -1)`` parts the layers: SGLang does not say how many
+            there are. The dtype is what servers send: uint8 or uint16 from vLLM, int32 from SGLang.
         latency_s: From the call to the last token, waiting for a server included.
         wait_s: The part of it spent waiting for a server.
     """
@@ -202,6 +211,7 @@ class ModelResponse:
     stop_reason: StopReason
     versions_exact: bool = True
     segments: tuple[Segment, ...] = ()
+    routed_experts: IntegerArray | None = None
     latency_s: float = 0.0
     wait_s: float = 0.0
 
@@ -229,7 +239,8 @@ class Trajectory:
         versions_exact: Whether every version is known rather than believed.
         prompt_id: Of the prompt in its data loader; filled in by the executor.
         member_index: Of this row's rollout in its group; filled in by the executor.
-        extras: Further float32 or int32 vectors of length T, collated under their own names.
+        extras: Further float32 or int32 vectors of length T, or matrices of T rows in a dtype of
+            their own (``routed_experts``), collated under their own names.
     """
 
     input_ids: Int32Array
@@ -253,9 +264,11 @@ class Trajectory:
                 )
             object.__setattr__(self, name, array)
         for name, extra in self.extras.items():
-            if np.shape(extra) != self.input_ids.shape:
+            shape = np.shape(extra)
+            if shape[:1] != self.input_ids.shape or len(shape) > 2:
                 raise WorkflowError(
-                    f"a trajectory's extra {name!r} must be as long as its input_ids"
+                    f"a trajectory's extra {name!r} must be as long as its input_ids: a vector, or "
+                    "a matrix with a row for each"
                 )
         if not math.isfinite(self.reward):
             raise WorkflowError(f"a trajectory's reward must be a finite number, not {self.reward}")

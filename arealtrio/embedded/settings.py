@@ -43,6 +43,8 @@ class ServerSettings:
         health_time_s: SGLang only: how often a health check looks whether its probe came back. A
             real one takes 1 s, so that a healthy answer takes a second, and one asked while
             generation is paused is a 503 after 20. 0 answers at once, paused or not.
+        tell_experts: Tell which experts tokens went through, as ``--enable-return-routed-experts``
+            does; the experts are made up.
         fragile: SGLang only: die where a real one dies, of a token id outside the vocabulary, of
             memory released while requests run, of memory resumed that was not released. Off, these
             are refused with a 400.
@@ -63,6 +65,7 @@ class ServerSettings:
     dialect: DialectName = "vllm"
     incremental_streaming_output: bool = False
     health_time_s: float = 0.0
+    tell_experts: bool = False
     fragile: bool = False
 
     def __post_init__(self) -> None:

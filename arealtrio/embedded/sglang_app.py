@@ -312,6 +312,7 @@ class _Face:
                 "weight_version": self._first_label,
                 "incremental_streaming_output": settings.incremental_streaming_output,
                 "enable_lora": True,
+                "enable_return_routed_experts": settings.tell_experts,
                 "enable_metrics": True,
                 "host": settings.host,
                 "tp_size": 1,

@@ -70,6 +70,7 @@ class Reply(Response):
             sequence=sequence,
             label=self._front.label,
             logprobs=item.logprobs,
+            experts_from=item.experts_from if self._front.settings.tell_experts else None,
             received_ts=self._received_ts,
             first_token_s=None if first is None else first - self._received,
             end_s=None if end is None else end - self._received,

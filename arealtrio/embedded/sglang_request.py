@@ -62,6 +62,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     logprob_start_len: int | list[int] | None = None
     lora_path: str | list[str | None] | None = None
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
     stream: bool = False
     text: Any = None
     input_embeds: Any = None
@@ -87,6 +89,7 @@ class Item:
         sampling: As sent.
         logprobs: Whether to report logprobs.
         lora: The adapter asked for.
+        experts_from: The first token whose experts are to be told; None: of none.
     """
 
     rid: str
@@ -94,6 +97,7 @@ class Item:
     sampling: Sampling
     logprobs: bool
     lora: str | None
+    experts_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,14 @@ def read_generate(body: GenerateBody) -> GenerateRequest:
     count = len(prompts)
     sampling = body.sampling_params or Sampling()
     items = [
-        Item(rid=rid, prompt=prompt, sampling=params, logprobs=bool(logprobs), lora=lora or None)
+        Item(
+            rid=rid,
+            prompt=prompt,
+            sampling=params,
+            logprobs=bool(logprobs),
+            lora=lora or None,
+            experts_from=_experts_from(body, prompt),
+        )
         for rid, prompt, params, logprobs, lora in zip(
             _rids(body.rid, count, batch=batch),
             prompts,
@@ -147,6 +158,15 @@ def read_generate(body: GenerateBody) -> GenerateRequest:
         _check_supported(item.sampling, _UNSUPPORTED_SAMPLING)
     _check_logprob_options(body, items)
     return GenerateRequest(tuple(items), batch)
+
+
+def _experts_from(body: GenerateBody, prompt: list[int]) -> int | None:
+    start = body.routed_experts_start_len
+    if not body.return_routed_experts:
+        return None
+    if not 0 <= start <= len(prompt):
+        raise SglangError(f"recv_req.routed_experts_start_len={start} is out of the input's range.")
+    return start
 
 
 def _check_supported(body: object, names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .experts import as_int32, routed_experts
 from .sequence import Sequence
 from .sglang_error import Json
 
@@ -25,6 +26,7 @@ class Told:
         sequence: What was generated.
         label: The weights' label as the front end knows it now.
         logprobs: Whether logprobs were asked for.
+        experts_from: The first token whose experts are told; None tells none.
         received_ts: Unix time at which the request came.
         first_token_s: Seconds from there to the first token; None while there is none.
         end_s: Seconds from there to the end; None while it runs.
@@ -33,6 +35,7 @@ class Told:
     sequence: Sequence
     label: str
     logprobs: bool
+    experts_from: int | None
     received_ts: float
     first_token_s: float | None
     end_s: float | None
@@ -50,7 +53,19 @@ class Told:
     def _meta(self, start: int) -> Json:
         if self.sequence.finish_reason == "abort" and not self.sequence.output_length:
             return self._meta_of_unstarted()
-        return {**self._beginning(), **self._logprobs(start), **self._counts(), **self._ending()}
+        return {
+            **self._beginning(),
+            **self._logprobs(start),
+            **self._counts(),
+            **self._experts(),
+            **self._ending(),
+        }
+
+    def _experts(self) -> Json:
+        if self.experts_from is None or not self.sequence.finished:
+            return {}
+        experts = routed_experts(self.sequence.token_ids, self.experts_from)
+        return {"routed_experts": as_int32(experts)}
 
     def _meta_of_unstarted(self) -> Json:
         """Of a request that was aborted before it ran; SGLang then tells little."""

@@ -308,6 +308,7 @@ class _Face:
             },
             "scheduler_config": {"max_num_seqs": settings.max_num_seqs},
             "parallel_config": {"data_parallel_size_local": 1},
+            "aux_output_config": {"enable_return_routed_experts": settings.tell_experts},
         }
         as_json = request.query_params.get("config_format") == "json"
         shown = config if as_json else str(config)

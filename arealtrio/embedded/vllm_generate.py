@@ -92,7 +92,9 @@ def begin(
     request_id = kind.prefix + (header_id or asked.request_id or secrets.token_hex(8))
     generation = _start(engine, asked, kind.engine_ids(request_id, len(asked.prompts)))
     created = int(time.time())
-    return generation, Answer(request_id, asked.model, created, asked, generation.sequences)
+    return generation, Answer(
+        request_id, asked.model, created, asked, generation.sequences, settings.tell_experts
+    )
 
 
 def _start(engine: Engine, asked: GenerateRequest, engine_ids: list[str]) -> Generation:

@@ -38,6 +38,7 @@ class GenerateRequest:
         include_usage: End the stream with a chunk that holds the usage.
         return_token_ids: Name the ids of prompt and answer.
         tokens_as_ids: Write tokens as ``token_id:123``.
+        experts_from: The first token whose experts are told.
     """
 
     prompts: tuple[list[int], ...]
@@ -49,6 +50,7 @@ class GenerateRequest:
     include_usage: bool = False
     return_token_ids: bool = False
     tokens_as_ids: bool = False
+    experts_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,20 @@ def _checked(
         include_usage=isinstance(options, dict) and flag(options, "include_usage"),
         return_token_ids=flag(body, "return_token_ids"),
         tokens_as_ids=flag(body, "return_tokens_as_token_ids"),
+        experts_from=_experts_from(sampling, prompts, loc),
     )
+
+
+def _experts_from(sampling: Body, prompts: tuple[list[int], ...], loc: str) -> int:
+    start = integer(sampling, "routed_experts_prompt_start", 0, loc) or 0
+    shortest = min(map(len, prompts))
+    if not 0 <= start <= shortest:
+        message = (
+            "routed_experts_prompt_start must be between 0 and the prompt length "
+            f"({shortest}), inclusive."
+        )
+        raise value_error(message, "routed_experts_prompt_start", start)
+    return start
 
 
 def _check_supported(body: Body) -> None:

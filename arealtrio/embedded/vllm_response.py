@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
+from .experts import as_npy, routed_experts
 from .sequence import Sequence
 from .vllm_request import GenerateRequest
 
@@ -28,6 +29,7 @@ class Answer:
         created: Unix time in whole seconds.
         request: What was asked.
         sequences: Its sequences, prompt by prompt, each prompt ``n`` times.
+        tells_experts: Whether it tells which experts tokens went through.
     """
 
     request_id: str
@@ -35,6 +37,13 @@ class Answer:
     created: int
     request: GenerateRequest
     sequences: SequenceOf[Sequence]
+    tells_experts: bool = False
+
+    def experts(self, sequence: Sequence) -> str | None:
+        """The experts of a sequence that has ended; None of one that was not begun."""
+        if not (self.tells_experts and sequence.finished and sequence.output_length):
+            return None
+        return as_npy(routed_experts(sequence.token_ids, self.request.experts_from))
 
     def usage(self) -> Json:
         """Count tokens; a prompt counts once, however many answers it has."""
@@ -80,7 +89,7 @@ def _completion_choice(answer: Answer, index: int, sequence: Sequence) -> Json:
         "token_ids": sequence.output_ids if named else None,
         "prompt_logprobs": None,
         "prompt_token_ids": sequence.prompt_ids if named else None,
-        "routed_experts": None,
+        "routed_experts": answer.experts(sequence),
     }
 
 
@@ -238,7 +247,7 @@ def _tokens_choice(answer: Answer, index: int, start: int) -> Json:
         "finish_reason": sequence.finish_reason,
         "stop_reason": sequence.stop_reason,
         "token_ids": _output(sequence, start, end),
-        "routed_experts": None,
+        "routed_experts": answer.experts(sequence),
         "sampling_mask": None,
         "weight_versions": _spans(sequence),
         "logprobs": _tokens_logprobs(answer.request, sequence, start, end),

@@ -17,6 +17,7 @@ from ..types import (
     HttpRequest,
     HttpResponse,
     Int32Array,
+    IntegerArray,
     PauseMode,
     StopReason,
 )
@@ -44,6 +45,8 @@ class SegmentRequest:
         gconfig: How to sample; its own token limits are superseded by the two above.
         model: The model or versioned adapter name; empty where the server needs none.
         seed: Of this segment's sampler (derived from the request's, another for each segment).
+        experts_from: The first token whose experts are to be told, where that is asked for: those
+            of the tokens before are there.
     """
 
     request_id: str
@@ -53,6 +56,7 @@ class SegmentRequest:
     gconfig: GenerationHyperparameters
     model: str = ""
     seed: int | None = None
+    experts_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,6 +70,9 @@ class SegmentResponse:
         versions: The server's own weight-version spans, covering all N tokens in order; None where
             this route reports none.
         message: The server's word on an abort, if any.
+        routed_experts: The experts of each token but the last, of prompt and answer, in whatever
+            shape the server tells: [tokens, layers, top_k], or all of it in one vector. None where
+            it tells none.
     """
 
     token_ids: Int32Array
@@ -73,6 +80,7 @@ class SegmentResponse:
     stop_reason: StopReason
     versions: tuple[VersionSpan, ...] | None = None
     message: str = ""
+    routed_experts: IntegerArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +101,7 @@ class ServerInfo:
             the temperature, and not of the model's own before it.
         weights_backed_up: Whether its weights are still there after it slept, where its dialect
             does not promise that of every server.
+        tells_experts: Whether it can tell which experts tokens went through.
     """
 
     model: str | None = None
@@ -104,6 +113,7 @@ class ServerInfo:
     streams_news: bool = False
     logprobs_tempered: bool | None = None
     weights_backed_up: bool = False
+    tells_experts: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

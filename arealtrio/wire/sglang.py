@@ -24,6 +24,7 @@ from .dialect import (
     StreamParser,
     VersionSpan,
 )
+from .experts import read_int32
 from .segment import check_segment, top_k_of
 from .sglang_weights import SglangWeights
 from .status import check_status, raise_refusal
@@ -85,6 +86,7 @@ class _FinishReason(msgspec.Struct):
 class _MetaInfo(msgspec.Struct):
     finish_reason: _FinishReason
     weight_versions: list[Span] | None = None
+    routed_experts: bytes | None = None  # base64 of int32, without a shape
 
 
 class _Answer(msgspec.Struct):
@@ -129,6 +131,7 @@ class _ServerInfo(msgspec.Struct):
     max_running_requests: int | None = None
     incremental_streaming_output: bool = False
     enable_weights_cpu_backup: bool = False
+    enable_return_routed_experts: bool | None = None
     internal_states: list[_InternalState] = []  # one for each data-parallel scheduler
 
 
@@ -171,6 +174,7 @@ class SglangDialect(SglangWeights):
             streams_news=config.incremental_streaming_output,
             logprobs_tempered=True,
             weights_backed_up=config.enable_weights_cpu_backup,
+            tells_experts=config.enable_return_routed_experts,
         )
 
     def generate(
@@ -191,6 +195,9 @@ class SglangDialect(SglangWeights):
         }
         if segment.gconfig.lora_name:
             question["lora_path"] = segment.model or segment.gconfig.lora_name
+        if segment.gconfig.return_routed_experts:
+            question["return_routed_experts"] = True
+            question["routed_experts_start_len"] = segment.experts_from
         return body.post("/generate", question)
 
     def parse_generate(
@@ -373,6 +380,7 @@ def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentR
         stop_reason=stop_reason,
         versions=_spans(answer, len(ids)),
         message=message,
+        routed_experts=read_int32(answer.routed_experts, SERVER),
     )
 
 

@@ -32,6 +32,7 @@ from .dialect import (
     StreamParser,
     VersionSpan,
 )
+from .experts import read_npy
 from .segment import check_segment, top_k_of
 from .status import check_status, raise_refusal
 from .stream import (
@@ -96,6 +97,7 @@ SCANNER: Final = Scanner(
 class _Choice(msgspec.Struct):
     finish_reason: str | None
     weight_versions: list[Span] | None = None
+    routed_experts: bytes | None = None  # base64 of a .npy file
 
 
 class _Answer(msgspec.Struct):
@@ -148,10 +150,15 @@ class _ParallelConfig(msgspec.Struct):
     data_parallel_size_local: int = 1
 
 
+class _AuxOutputConfig(msgspec.Struct):
+    enable_return_routed_experts: bool | None = None
+
+
 class _VllmConfig(msgspec.Struct):
     model_config: _ModelConfig = msgspec.field(default_factory=_ModelConfig)
     scheduler_config: _SchedulerConfig = msgspec.field(default_factory=_SchedulerConfig)
     parallel_config: _ParallelConfig = msgspec.field(default_factory=_ParallelConfig)
+    aux_output_config: _AuxOutputConfig = msgspec.field(default_factory=_AuxOutputConfig)
 
 
 class _ServerInfo(msgspec.Struct):
@@ -207,6 +214,7 @@ class VllmDialect(VllmWeights):
             token_in_token_out=_has_route(probe),
             streams_news=True,
             logprobs_tempered=_logprobs_tempered(config),
+            tells_experts=config.aux_output_config.enable_return_routed_experts,
         )
 
     def generate(
@@ -379,6 +387,8 @@ def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
         sampling["stop"] = gconfig.stop
     if segment.seed is not None:
         sampling["seed"] = segment.seed
+    if segment.experts_from:  # that they are told at all is the server's setting, not a request's
+        sampling["routed_experts_prompt_start"] = segment.experts_from
     return sampling
 
 
@@ -445,6 +455,7 @@ def _segment_response(choice: _Choice, columns: dict[str, Column]) -> SegmentRes
         logprobs=logprobs,
         stop_reason=_stop_reason(choice),
         versions=_spans(choice, len(ids)),
+        routed_experts=read_npy(choice.routed_experts, SERVER),
     )
 
 

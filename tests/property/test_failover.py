@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from arealtrio.config import RolloutConfig
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import WeightUpdateError
+from arealtrio.errors import TransportError, WeightUpdateError
 from arealtrio.servers import ServerState
 from arealtrio.testing import (
     EOS,
@@ -139,7 +139,7 @@ class World:
     async def _abort(self, address: str) -> None:
         """Another client aborts everything there."""
         request = HttpRequest("POST", "/abort_requests", b"{}")
-        with trio.move_on_after(1):
+        with trio.move_on_after(1), suppress(TransportError):  # it may die meanwhile
             for server in self.engine.pool.servers:
                 if server.address == address and self._is_up(address):
                     await self.engine.pool.send(server, request, TimeLimits.of(1.0))

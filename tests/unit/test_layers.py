@@ -38,7 +38,7 @@ SERVING_WING = (
     ("engine", "weights"),
     ("generation", "lora", "memory", "pressure", "provenance", "supervision"),
     ("servers",),
-    ("adapters", "leases"),
+    ("adapters", "experts", "leases"),
     ("ordering", "scheduling", "transport", "wire"),
     ("affinity", "lengths", "tally"),
 )

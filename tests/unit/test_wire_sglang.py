@@ -31,6 +31,7 @@ INFO = ServerInfo(
     max_concurrency=8,
     token_in_token_out=True,
     logprobs_tempered=True,
+    tells_experts=False,
 )
 
 

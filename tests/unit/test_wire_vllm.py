@@ -422,6 +422,7 @@ def test_discovery_of_a_server_with_every_route() -> None:
         token_in_token_out=True,
         streams_news=True,
         logprobs_tempered=False,
+        tells_experts=False,
     )
 
 
