@@ -65,6 +65,10 @@ class Generation:
         """Whether the engine died under it."""
         return any(sequence.finish_reason == "error" for sequence in self.sequences)
 
+    def belongs_to(self, engine: Engine) -> bool:
+        """Whether this engine makes it."""
+        return self._engine is engine
+
     async def wait_finished(self) -> None:
         """Return when every sequence has finished."""
         await self._finished.wait()

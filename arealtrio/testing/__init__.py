@@ -7,20 +7,29 @@ only the tokens are made up, so that a test can check each of them. See ``script
 lengths     how long answers are
 script      what answers are: ``ScriptedModel``, ``checkpoint``, ``made_by``
 clockwork   the scheduler in continuous time
-server      ``SimulatedServer``, and its faults
+server      ``SimulatedServer``
+fault       ``FaultKind``: what can go wrong; ``Fault``: what did
+faults      ``Faults``: by chance, by plan or by hand
+mishap      what becomes of one answer
 fleet       ``SimulatedFleet``, the transport
 run         ``simulated_executor``
 """
 
+from .fault import Fault, FaultKind
+from .faults import Faults
 from .fleet import Exchange, SimulatedFleet, open_fleet
 from .lengths import FixedLengths, Lengths, LogNormalLengths, RecordedLengths
 from .run import simulated_executor
-from .script import EOS, ScriptedModel, checkpoint, made_by
+from .script import EOS, TORN, ScriptedModel, checkpoint, made_by
 from .server import ServerCondition, SimulatedServer, SimulatedServerSettings
 
 __all__ = [
     "EOS",
+    "TORN",
     "Exchange",
+    "Fault",
+    "FaultKind",
+    "Faults",
     "FixedLengths",
     "Lengths",
     "LogNormalLengths",

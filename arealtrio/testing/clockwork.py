@@ -8,6 +8,7 @@ decided (slots, queue, pause modes, aborts, labels, broken weights) is the base 
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -337,13 +338,24 @@ class TimedEngine(Engine):
     Args:
         scheduler: The state machine.
         load_time_s: Seconds it takes to load weights.
+        on_load: Called before each load; see ``Faults.on_load``.
+        on_label: Gives the label that weights get in place of the one asked for.
     """
 
     scheduler: TimedScheduler
 
-    def __init__(self, scheduler: TimedScheduler, load_time_s: float) -> None:
+    def __init__(
+        self,
+        scheduler: TimedScheduler,
+        load_time_s: float,
+        *,
+        on_load: Callable[[], float | None] = lambda: None,
+        on_label: Callable[[str], str] = lambda asked: asked,
+    ) -> None:
         super().__init__(scheduler, load)
         self._load_time_s = load_time_s
+        self._on_load = on_load
+        self._on_label = on_label
 
     async def run(self) -> None:
         """See the base class."""
@@ -356,11 +368,27 @@ class TimedEngine(Engine):
 
     async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:
         """See the base class."""
+        share = self._on_load()
         try:
+            if share:
+                await self._fail_half_way(path, share)
+            if share is not None:
+                self.faults.failing_loads += 1
             await super().reload(path, version, fatal=fatal)
         finally:
             self._changed()  # the next event of a poisoned scheduler is its next step
 
-    async def _read(self, path: Path) -> Model:
+    async def _fail_half_way(self, path: Path, share: float) -> None:
+        """Replace a share of the weights, and fail; the engine goes on with what it has now."""
+        async with self._loading:
+            model = await self._read(path)
+            self.scheduler.load_weights(dataclasses.replace(model, torn=share < 1))
+        raise OSError(f"a worker failed after {share:.0%} of the tensors were replaced")
+
+    def set_version(self, label: str) -> None:
+        """See the base class."""
+        super().set_version(self._on_label(label))
+
+    async def _read(self, path: Path) -> ScriptedModel:
         await trio.sleep(self._load_time_s)
         return load(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -12,6 +13,7 @@ import trio
 from ..errors import ConnectFailed, ResponseTooLarge, UsageError
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
+from .faults import Faults
 from .lengths import Lengths, LogNormalLengths
 from .server import SimulatedServer, SimulatedServerSettings
 
@@ -46,10 +48,12 @@ class SimulatedFleet:
         servers: One record for each server; their addresses are ``http://server-0``, ….
         lengths: Of the answers.
         seed: Of the lengths.
+        faults: What goes wrong; None: nothing but what is asked for.
         traced: Whether to keep every exchange in ``trace``.
 
     Attributes:
         servers: The servers, in order.
+        faults: What goes wrong.
         trace: What happened so far, where ``traced``.
     """
 
@@ -59,11 +63,13 @@ class SimulatedFleet:
         *,
         lengths: Lengths = DEFAULT_LENGTHS,
         seed: int = 0,
+        faults: Faults | None = None,
         traced: bool = False,
     ) -> None:
         rng = random.Random(seed)
+        self.faults = faults or Faults.none()
         self.servers = tuple(
-            SimulatedServer(f"http://server-{index}", settings, lengths, rng)
+            SimulatedServer(f"http://server-{index}", settings, lengths, rng, self.faults)
             for index, settings in enumerate(servers)
         )
         self.trace: list[Exchange] = []
@@ -88,7 +94,7 @@ class SimulatedFleet:
         headers: Sequence[tuple[str, str]] = (),
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> HttpResponse:
-        """See ``Transport.request``. Of the limits only ``total_s`` can pass here."""
+        """See ``Transport.request``."""
         if self._closed:
             raise UsageError("the simulated fleet is closed")
         server = self._by_address.get(base_url)
@@ -96,8 +102,9 @@ class SimulatedFleet:
             await trio.lowlevel.checkpoint()
             raise ConnectFailed(f"no simulated server has the address {base_url}")
         self._note(server, request, "", len(request.body))
+        mishap = self.faults.on_exchange(server, request) if self.faults.active else None
         try:
-            response = await server.request(request, limits, headers)
+            response = await server.request(request, limits, headers, mishap)
         except BaseException as exc:
             self._note(server, request, type(exc).__name__, 0)
             raise
@@ -163,12 +170,18 @@ class WholeStream:
             yield self._response.body
 
 
+async def _call_later(seconds: float, function: Callable[[], None]) -> None:
+    await trio.sleep(seconds)
+    function()
+
+
 @asynccontextmanager
 async def open_fleet(
     servers: int | Sequence[SimulatedServerSettings] = 4,
     *,
     lengths: Lengths = DEFAULT_LENGTHS,
     seed: int = 0,
+    faults: Faults | None = None,
     traced: bool = False,
 ) -> AsyncIterator[SimulatedFleet]:
     """Run simulated servers for the length of the block.
@@ -177,13 +190,15 @@ async def open_fleet(
         servers: How many default ones, or one record for each.
         lengths: Of the answers.
         seed: Of the lengths.
+        faults: What goes wrong, in ``fleet.faults`` afterwards; None: nothing unasked.
         traced: Whether to keep every exchange in ``fleet.trace``.
     """
     if isinstance(servers, int):
         servers = [SimulatedServerSettings()] * servers
-    fleet = SimulatedFleet(servers, lengths=lengths, seed=seed, traced=traced)
+    fleet = SimulatedFleet(servers, lengths=lengths, seed=seed, faults=faults, traced=traced)
     left_with: BaseException | None = None
     async with trio.open_nursery() as nursery:
+        fleet.faults.bind(fleet.servers, partial(nursery.start_soon, _call_later))
         for server in fleet:
             nursery.start_soon(server.run)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import RolloutConfig
 from ..executor import WorkflowExecutor, open_executor
+from .faults import Faults
 from .fleet import DEFAULT_LENGTHS, SimulatedFleet, open_fleet
 from .lengths import Lengths
 from .server import SimulatedServerSettings
@@ -19,6 +20,7 @@ async def simulated_executor(
     servers: int | Sequence[SimulatedServerSettings] = 4,
     lengths: Lengths = DEFAULT_LENGTHS,
     seed: int = 0,
+    faults: Faults | None = None,
     traced: bool = False,
     **config: Any,
 ) -> AsyncIterator[tuple[WorkflowExecutor, SimulatedFleet]]:
@@ -31,6 +33,7 @@ async def simulated_executor(
         servers: How many default servers, or one record for each.
         lengths: Of the answers.
         seed: Of the lengths, and of the order within a batch unless ``config`` gives one.
+        faults: What goes wrong, in ``fleet.faults`` afterwards; None: nothing unasked.
         traced: Whether to keep every exchange in ``fleet.trace``.
         config: Further fields of ``RolloutConfig``.
 
@@ -46,7 +49,9 @@ async def simulated_executor(
 
             trio.run(main, clock=MockClock(autojump_threshold=0))
     """
-    async with open_fleet(servers, lengths=lengths, seed=seed, traced=traced) as fleet:
+    async with open_fleet(
+        servers, lengths=lengths, seed=seed, faults=faults, traced=traced
+    ) as fleet:
         settings = RolloutConfig(**{"seed": seed, **config, "servers": fleet.addresses})
         async with open_executor(settings, transport=fleet) as executor:
             yield executor, fleet

@@ -20,6 +20,8 @@ EOS: Final = 1_000_000
 """Prompts are to use ids below it; every generated id is at least it."""
 LONGEST: Final = 1_000_000
 """The longest answer, in tokens."""
+TORN: Final = -2
+"""What ``made_by`` returns for a token of weights that were loaded by half."""
 _DIRECTORY: Final = "/simulated"
 _SCALE: Final = 2.0**-10  # log-probabilities are multiples of it, which float32 holds exactly
 
@@ -30,9 +32,12 @@ class ScriptedModel:
 
     Args:
         version: That number, at least 0.
+        torn: Whether some of its tensors are of other weights. Tokens of such a model were made by
+            no version at all.
     """
 
     version: int
+    torn: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -47,7 +52,7 @@ class ScriptedModel:
     @property
     def logprob(self) -> float:
         """Of every token that these weights make."""
-        return -(self.version + 1) * _SCALE
+        return -(self.version + (1.5 if self.torn else 1)) * _SCALE
 
     def next_logits(self, sequences: Sequence[Sequence[int]]) -> Logits:  # noqa: ARG002
         """Not to be asked for: answers are planned whole, see ``TimedScheduler``."""
@@ -55,8 +60,12 @@ class ScriptedModel:
 
 
 def made_by(logprob: float) -> int:
-    """Return the version of the weights that made a token with this log-probability."""
-    return round(-logprob / _SCALE) - 1
+    """Return the version of the weights that made a token with this log-probability.
+
+    ``TORN`` where they were no version's: a load of weights had failed half-way.
+    """
+    number = -logprob / _SCALE
+    return round(number) - 1 if number.is_integer() else TORN
 
 
 def checkpoint(version: int) -> str:
