@@ -92,7 +92,7 @@ class BatchAssembly:
             return wanted
         if ready:
             return self._release(stream, size, version)
-        if stream.ended:
+        if stream.ended and stream.places.ready == len(stream.places):
             if not stream.has_groups:
                 return self._end_stream(stream, version)
             return self._release(stream, stream.places.ready, version)

@@ -451,8 +451,8 @@ class WorkflowExecutor(ServerFace):
         if self._admission.recovering:
             self._recovered(result.version)
             return result
+        self._consumption.charge_for(result.version)  # before what is discarded lets others start
         self._discard_outdated(result.version)
-        self._consumption.charge_for(result.version)
         self._stop_stragglers()
         self._changed()
         return result

@@ -71,3 +71,5 @@ def test_arguments_are_resolved_once() -> None:
     assert group.is_batched
     assert not group.is_eval
     assert (group.size, group.prompt_id) == (2, "3")
+    with pytest.raises(UsageError, match="group_size"):
+        RolloutArguments.of(Instant, None, None, 0)

@@ -10,7 +10,6 @@ import pytest
 import trio
 import trio.testing
 
-from arealtrio.arguments import RolloutArguments
 from arealtrio.batching import FAILURES_KEPT, BatchStream
 from arealtrio.delivery import PermitOrder
 from arealtrio.errors import StalenessBudgetExhausted, TooManyFailures, UsageError
@@ -549,10 +548,49 @@ async def test_submit_and_prepare_batch_share_the_budget_and_nothing_else(
         assert result.task_id == "mine"
         check_counts(executor)
 
-    # --- the parts -----------------------------------------------------------------------------------
 
-    with pytest.raises(UsageError):
-        RolloutArguments.of(Instant, None, None, 0)
+async def test_an_epochs_last_batch_waits_for_what_was_submitted_before_it(
+    autojump_clock: Clock,
+) -> None:
+    """Its groups may not leave yet: that is neither a batch nor the end of the epoch."""
+    async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+        puppet, loader = Puppet(), prompt_list(2)
+        executor.submit({"prompt_id": "before"}, puppet)
+        async with trio.open_nursery() as nursery:
+            call = Deferred(nursery, executor.prepare_batch, loader, Instant())
+            await settled()
+            assert call.pending
+            puppet.end("before", ValueError("told to"))
+            await call.ended.wait()
+        assert prompt_ids(call.value) == [0, 1]
+        with pytest.raises(StopAsyncIteration):
+            await executor.prepare_batch(loader, Instant())
+
+
+async def test_a_version_without_a_batch_lets_no_more_start_than_one_with(
+    autojump_clock: Clock,
+) -> None:
+    """It is charged for before what it made too old lets others start."""
+    async with simulated_executor(servers=1, consumer_batch_size=2, max_concurrent_rollouts=64) as (
+        executor,
+        _,
+    ):
+        puppet = Puppet()
+        with trio.move_on_after(1):
+            await executor.prepare_batch(prompts(), puppet)
+        assert len(puppet.running) == 2
+        puppet.end_all()
+        await settled()
+        for version in (1, 2):
+            await executor.set_version(version)
+            await settled()
+            assert len(puppet.running) == 2
+            assert executor.get_capacity() == 0
+            puppet.end_all()
+            await settled()
+
+
+# --- the parts -----------------------------------------------------------------------------------
 
 
 def test_a_stream_is_of_one_loader() -> None:
