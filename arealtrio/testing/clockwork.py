@@ -359,9 +359,11 @@ class TimedEngine(Engine):
 
     async def run(self) -> None:
         """See the base class."""
-        while self.scheduler.state != "dead":
+        while True:
             self.scheduler.step()
             self._settle()
+            if self.scheduler.state == "dead":
+                return
             with trio.move_on_at(self.scheduler.next_event):
                 await self._work.wait()
             self._work = trio.Event()

@@ -91,7 +91,7 @@ class Faults:
     def __init__(
         self,
         seed: int = 0,
-        rates: Mapping[FaultKind | str, float] | None = None,
+        rates: Mapping[FaultKind, float] | Mapping[str, float] | None = None,
         *,
         outage_s: tuple[float, float] = (1.0, 30.0),
         late_s: tuple[float, float] = (0.1, 20.0),
@@ -106,7 +106,7 @@ class Faults:
         self._planned: list[_Planned] = []
         self._streams: dict[str, random.Random] = {}
         self._servers: tuple[SimulatedServer, ...] = ()
-        self._later: Callable[[float, Callable[[], None]], None] | None = None
+        self._later: Callable[[float, Callable[[], None]], None] = lambda *_: None
         self._stopped = trio.Event()
 
     @classmethod
@@ -387,7 +387,7 @@ class Faults:
         self, server: SimulatedServer, seconds: float | None, end: Callable[[], None]
     ) -> None:
         """End an outage in time, unless it ended meanwhile and perhaps another began."""
-        if seconds is None or self._later is None:
+        if seconds is None:
             return
         outage = server.outage
 
@@ -418,7 +418,7 @@ def _kind(name: FaultKind | str) -> FaultKind:
         raise ConfigError(f"{name!r} is no fault; there are {', '.join(FaultKind)}") from None
 
 
-def _checked(rates: Mapping[FaultKind | str, float]) -> dict[FaultKind, float]:
+def _checked(rates: Mapping[FaultKind, float] | Mapping[str, float]) -> dict[FaultKind, float]:
     checked = {_kind(name): rate for name, rate in rates.items()}
     wrong = [kind.value for kind, rate in checked.items() if not 0 <= rate <= 1]
     if wrong:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -76,6 +75,8 @@ class SimulatedFleet:
         self._traced = traced
         self._by_address = {server.address: server for server in self.servers}
         self._closed = False
+        self._nursery: trio.Nursery | None = None
+        self.faults.bind(self.servers, self._call_later)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -84,6 +85,20 @@ class SimulatedFleet:
 
     def __iter__(self) -> Iterator[SimulatedServer]:
         return iter(self.servers)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Let the servers run in a nursery; ``open_fleet`` does that."""
+        self._nursery = nursery
+        for server in self.servers:
+            nursery.start_soon(server.run)
+
+    def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        async def wait_and_call() -> None:
+            await trio.sleep(seconds)
+            function()
+
+        if self._nursery is not None:
+            self._nursery.start_soon(wait_and_call)
 
     async def request(
         self,
@@ -170,11 +185,6 @@ class WholeStream:
             yield self._response.body
 
 
-async def _call_later(seconds: float, function: Callable[[], None]) -> None:
-    await trio.sleep(seconds)
-    function()
-
-
 @asynccontextmanager
 async def open_fleet(
     servers: int | Sequence[SimulatedServerSettings] = 4,
@@ -198,9 +208,7 @@ async def open_fleet(
     fleet = SimulatedFleet(servers, lengths=lengths, seed=seed, faults=faults, traced=traced)
     left_with: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        fleet.faults.bind(fleet.servers, partial(nursery.start_soon, _call_later))
-        for server in fleet:
-            nursery.start_soon(server.run)
+        fleet.start(nursery)
         try:
             yield fleet
         except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped

@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
-
+from ..embedded.http import json_response
 from ..errors import TransportError
 from ..types import HttpResponse
 from .fault import FaultKind
@@ -52,7 +51,7 @@ class Mishap:
             return None
         self.happened(str(self.status))
         error = {"message": "a test asked for this", "type": "fault", "code": self.status}
-        body = msgspec.json.encode({"error": error})
+        body = bytes(json_response({"error": error}).body)
         return HttpResponse(self.status, {"content-type": "application/json"}, body)
 
     async def befall(self, response: HttpResponse) -> HttpResponse:
