@@ -45,6 +45,7 @@ class Admission:
         self._starting: deque[GroupTask] = deque()  # admitted, with members still to start
         self._largest_group = 1  # of training: an evaluation is no reason to train with more
         self._largest_eval_group = 1
+        self._set_slots()
 
     @property
     def queued(self) -> int:
@@ -54,34 +55,40 @@ class Admission:
     @property
     def concurrency(self) -> int:
         """Members that may run at once: as configured, or a batch of the largest training group."""
-        return self._concurrency_of(self._largest_group)
+        return self._slots
+
+    def _set_slots(self) -> None:
+        """Work out the limits once, not for every rollout; they grow with the largest group."""
+        self._slots = self._concurrency_of(self._largest_group)
+        # Evaluation may fill more slots than training alone has.
+        self._eval_slots = self._concurrency_of(max(self._largest_group, self._largest_eval_group))
+        self._queue_limit = (
+            max(self._config.pending_limit, 16 * self._slots)
+            if self._config.queue_size is None
+            else self._config.queue_size
+        )
 
     def _concurrency_of(self, group_size: int) -> int:
         configured = self._config.max_concurrent_rollouts
         return configured or self._config.consumer_batch_size * group_size
 
-    def _has_slot(self, *, is_eval: bool) -> bool:
-        """Whether a member may start; evaluation may fill more slots than training alone has."""
-        largest = self._largest_group
-        if is_eval:
-            largest = max(largest, self._largest_eval_group)
-        return self.running_members < self._concurrency_of(largest)
-
     @property
     def queue_limit(self) -> int:
         """Groups that ``submit`` may queue."""
-        if self._config.queue_size is not None:
-            return self._config.queue_size
-        return max(self._config.pending_limit, 16 * self.concurrency)
+        return self._queue_limit
 
     def enqueue(self, group: GroupTask) -> None:
         """Add a group at the end of its queue."""
         if group.is_eval:
-            self._largest_eval_group = max(self._largest_eval_group, group.size)
+            if group.size > self._largest_eval_group:
+                self._largest_eval_group = group.size
+                self._set_slots()
             self.eval_counts.enqueue()
             self._eval_queue.append(group)
         else:
-            self._largest_group = max(self._largest_group, group.size)
+            if group.size > self._largest_group:
+                self._largest_group = group.size
+                self._set_slots()
             self.counts.enqueue()
             self.staleness.on_rollout_enqueued()
             self._queue.append(group)
@@ -98,7 +105,7 @@ class Admission:
         if not self._starting and not self._admit():
             return None
         group = self._starting[0]
-        if not self._has_slot(is_eval=group.is_eval):
+        if self.running_members >= (self._eval_slots if group.is_eval else self._slots):
             return None
         index = group.start_member(self._config.rollout_timeout_s)
         if not group.to_start:
@@ -113,7 +120,7 @@ class Admission:
         return self._admit_training() or self._admit_eval()
 
     def _admit_eval(self) -> bool:
-        if self.recovering or not self._eval_queue or not self._has_slot(is_eval=True):
+        if not self._eval_queue or self.recovering or self.running_members >= self._eval_slots:
             return False
         group = self._eval_queue.popleft()
         group.number = next(self._eval_numbers)
@@ -122,9 +129,9 @@ class Admission:
         return True
 
     def _admit_training(self) -> bool:
-        if self.paused or self.recovering or not self._queue:
+        if not self._queue or self.paused or self.recovering:
             return False
-        if not self._has_slot(is_eval=False):
+        if self.running_members >= self._slots:
             return False
         permit = self.staleness.try_submit()
         if permit is None:
@@ -147,9 +154,10 @@ class Admission:
         It holds its permit meanwhile: a fresh prompt that took the budget of a replacement would
         leave the group waiting for one that it can not get.
         """
-        if group.to_start and group not in self._starting:
-            self._starting.appendleft(group)
-        elif not group.to_start and group in self._starting:
+        if group.to_start:
+            if group not in self._starting:
+                self._starting.appendleft(group)
+        elif self._starting and group in self._starting:
             self._starting.remove(group)
 
     def retry(self, group: GroupTask) -> None:
@@ -186,12 +194,13 @@ class Admission:
         """Count a group's end and settle its permit; only an accepted one keeps budget spent."""
         counts = self.eval_counts if group.is_eval else self.counts
         counts.settle(outcome, was_running=group.admitted)
-        if group.permit is not None:
+        permit = group.permit
+        if permit is not None:
             if outcome is Outcome.ACCEPTED:
-                group.permit.accept()
+                permit.accept()
             else:
-                group.permit.reject()
-            self._order.settled(group.permit.number)
+                permit.reject()
+            self._order.settled(permit.number)
         elif not group.is_eval:  # withdrawn from the queue: AReaL's counters know no such step
             self.staleness.on_rollout_submitted()
             self.staleness.on_rollout_rejected()
@@ -204,7 +213,7 @@ class Admission:
         Raises:
             StalenessBudgetExhausted: With the numbers.
         """
-        if self._order.unsettled or self.paused or self.recovering or not self._queue:
+        if not self._queue or self._order.unsettled or self.paused or self.recovering:
             return
         if self.staleness.get_capacity() > 0:
             return

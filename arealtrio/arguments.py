@@ -66,7 +66,7 @@ class RolloutArguments:
         Raises:
             UsageError: If the prompt is no mapping.
         """
-        if not isinstance(prompt, Mapping):
+        if type(prompt) is not dict and not isinstance(prompt, Mapping):
             raise UsageError(
                 "a prompt is a mapping, such as {'input_ids': [...]}, "
                 f"not {type(prompt).__name__}"
@@ -82,6 +82,41 @@ class RolloutArguments:
             is_eval=is_eval,
             is_batched=is_batched,
         )
+
+
+class ArgumentResolver:
+    """Resolves what a caller gives, but only once where it gives the same for one prompt after the
+    other, as a training loop does.
+
+    A class or an import path is resolved each time: each call gets an instance of its own.
+    """
+
+    def __init__(self) -> None:
+        self._last: RolloutArguments | None = None
+
+    def __call__(
+        self,
+        workflow: WorkflowLike,
+        workflow_kwargs: Mapping[str, Any] | None,
+        should_accept_fn: AcceptFunction | str | None,
+        group_size: int,
+        group_policy: GroupPolicy | None,
+    ) -> RolloutArguments:
+        """See ``RolloutArguments.of``."""
+        last = self._last
+        if (
+            last is not None
+            and workflow is last.workflow
+            and should_accept_fn is last.should_accept
+            and group_size is last.group_size  # not ==: True is no size
+            and (group_policy or ALL_MEMBERS) is last.policy
+            and not workflow_kwargs
+        ):
+            return last
+        self._last = RolloutArguments.of(
+            workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
+        )
+        return self._last
 
 
 def resolve_workflow(

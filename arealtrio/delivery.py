@@ -60,10 +60,15 @@ class PermitOrder:
 
     def settled(self, number: int) -> None:
         """A permit was settled, whatever its outcome."""
+        granted = self._granted
+        assert granted, number
         assert number not in self._settled, number
-        self._settled.add(number)
-        while self._granted and self._granted[0] in self._settled:
-            self._settled.remove(self._granted.popleft())
+        if granted[0] != number:
+            self._settled.add(number)
+            return
+        granted.popleft()
+        while self._settled and granted[0] in self._settled:
+            self._settled.remove(granted.popleft())
 
 
 class DeliveryQueue(Generic[T]):
@@ -88,9 +93,17 @@ class DeliveryQueue(Generic[T]):
             return len(self._entries)
         return bisect_left(self._entries, frontier, key=_by_number)
 
+    def has_ready(self, count: int) -> bool:
+        """Whether at least ``count`` entries may leave now."""
+        return len(self._entries) >= count and self.ready >= count
+
     def put(self, entry: T) -> None:
         """Add an entry that settled, or give back one that was not delivered."""
-        insort(self._entries, entry, key=_by_number)
+        entries = self._entries
+        if entries and _by_number(entry) < _by_number(entries[-1]):
+            insort(entries, entry, key=_by_number)
+        else:  # most settle nearly in order
+            entries.append(entry)
 
     def take(self, count: int) -> list[T]:
         """Remove the ``count`` lowest-numbered entries; never more than are ready."""

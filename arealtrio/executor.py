@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from .arguments import RolloutArguments, positive
+from .arguments import ArgumentResolver, RolloutArguments, positive
 from .assembly import BatchAssembly
 from .batching import BatchStream, DataLoader
 from .config import RolloutConfig
@@ -68,6 +68,7 @@ class WorkflowExecutor(ServerFace):
             self._consumption,
             self._requeue_accepted,
         )
+        self._resolve = ArgumentResolver()
         self._ids = itertools.count()
 
     @property
@@ -107,7 +108,7 @@ class WorkflowExecutor(ServerFace):
             UsageError: If the id is in use, the queue is full, or the workflow is none.
             RolloutClosed: After close.
         """
-        arguments = RolloutArguments.of(
+        arguments = self._resolve(
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
         task_id = self._new_task_id(task_id)
@@ -126,8 +127,9 @@ class WorkflowExecutor(ServerFace):
     def _new_task_id(self, task_id: str | None = None) -> str:
         self._check_open()
         if task_id is None:
-            names = (f"rollout-{number}" for number in self._ids)
-            return next(name for name in names if not self._in_use(name))
+            while self._in_use(name := f"rollout-{next(self._ids)}"):
+                pass
+            return name
         if self._in_use(task_id):
             raise UsageError(f"task id {task_id!r} is in use; nothing was submitted")
         return task_id
@@ -157,7 +159,7 @@ class WorkflowExecutor(ServerFace):
         queue = self._results.of(is_eval=is_eval)
 
         def poll() -> list[RolloutResult] | None:
-            if queue.ready >= count:
+            if queue.has_ready(count):
                 return self._took(self._results.take(count, is_eval=is_eval), is_eval=is_eval)
             self._check_can_come(count, is_eval=is_eval)
             return None

@@ -185,7 +185,7 @@ class RolloutNursery:
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
             verdict = outdated(accepted, self.get_version())
             accepted = None
-        if not self._closed and self._begin_again(group, verdict):
+        if accepted is None and not self._closed and self._begin_again(group, verdict):
             self._changed()
             return
         self._count_failure(group, verdict)
@@ -326,6 +326,7 @@ class RolloutNursery:
     def check_settled(self) -> None:
         """Assert that nothing is left: every submission has settled."""
         for counts in (self.counts, self.eval_counts):
+            counts.check()
             assert counts.queued == 0, counts
             assert counts.running == 0, counts
 

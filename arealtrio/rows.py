@@ -280,6 +280,8 @@ def _with_clean_extras(row: object) -> Trajectory:
     """A row whose extras have a batch's dtypes and no name of its columns."""
     if not isinstance(row, Trajectory):
         raise WorkflowError(f"{EXPECTED}; not a sequence with a {type(row).__name__}")
+    if not row.extras:
+        return row
     check_extra_names(row.extras)
     clean = {name: _clean_extra(name, extra) for name, extra in row.extras.items()}
     if all(clean[name] is row.extras[name] for name in clean):

@@ -78,7 +78,8 @@ class RolloutCounts:
         self.submitted = 0
         self.queued = 0
         self.running = 0
-        self._settled = dict.fromkeys(Outcome, 0)
+        self._settled = 0  # the sum of the next
+        self._ended = dict.fromkeys(Outcome, 0)
 
     def enqueue(self) -> None:
         """One was submitted, and waits for admission."""
@@ -100,9 +101,11 @@ class RolloutCounts:
 
     def requeue_accepted(self) -> None:
         """One that was accepted became too old, and went back into the queue."""
-        self._settled[Outcome.ACCEPTED] -= 1
+        self._ended[Outcome.ACCEPTED] -= 1
+        self._settled -= 1
         self.queued += 1
         self._check()
+        assert self._ended[Outcome.ACCEPTED] >= 0, self
 
     def settle(self, outcome: Outcome, *, was_running: bool) -> None:
         """One ended."""
@@ -110,22 +113,23 @@ class RolloutCounts:
             self.running -= 1
         else:
             self.queued -= 1
-        self._settled[outcome] += 1
+        self._ended[outcome] += 1
+        self._settled += 1
         self._check()
 
     def discard(self, count: int) -> None:
         """Some that were accepted became too old before anybody took them: they expired."""
-        self._settled[Outcome.ACCEPTED] -= count
-        self._settled[Outcome.EXPIRED] += count
-        self._check()
+        self._ended[Outcome.ACCEPTED] -= count
+        self._ended[Outcome.EXPIRED] += count
+        assert self._ended[Outcome.ACCEPTED] >= 0, self
 
     def of(self, outcome: Outcome) -> int:
         """How many ended so."""
-        return self._settled[outcome]
+        return self._ended[outcome]
 
     def as_dict(self) -> Mapping[str, int]:
         """Every count by its name."""
-        settled = {outcome.value: count for outcome, count in self._settled.items()}
+        settled = {outcome.value: count for outcome, count in self._ended.items()}
         return {
             "submitted": self.submitted,
             "queued": self.queued,
@@ -133,10 +137,15 @@ class RolloutCounts:
             **settled,
         }
 
+    def check(self) -> None:
+        """Assert the invariant over every outcome; what each change asserts is its running sum."""
+        self._check()
+        assert self._settled == sum(self._ended.values()), self
+        assert min(self._ended.values()) >= 0, self
+
     def _check(self) -> None:
-        assert self.queued >= 0, self
-        assert self.running >= 0, self
-        assert self.submitted == self.queued + self.running + sum(self._settled.values()), self
+        queued, running = self.queued, self.running
+        assert queued >= 0 <= running and self.submitted == queued + running + self._settled, self
 
     def __repr__(self) -> str:
         return f"<RolloutCounts {dict(self.as_dict())}>"

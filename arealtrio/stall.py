@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 class StallAlarm:
     """A timer that every settlement winds up again. Nothing is polled, and idleness is no stall.
 
+    Settlements are many, and stalls few: a settlement notes the time, and the timer is set anew
+    when it fires, which is at most once in the limit.
+
     Args:
         limit_s: Seconds without a settlement; the warning is repeated after as many more.
         describe: What to log.
@@ -32,7 +35,8 @@ class StallAlarm:
     def wind_up(self) -> None:
         """Something settled, and more is to."""
         self._since = trio.current_time()
-        self._scope.deadline = self._since + self._limit_s
+        if self._scope.deadline == math.inf:
+            self._scope.deadline = self._since + self._limit_s
 
     def arm(self) -> None:
         """Something is to settle; unlike ``wind_up`` it moves no time that runs already."""
@@ -41,12 +45,15 @@ class StallAlarm:
 
     def stop(self) -> None:
         """Nothing is left to settle."""
-        self._since = self._scope.deadline = math.inf
+        self._since = math.inf
 
     async def run(self) -> None:
         """Wait, and warn whenever the time has passed, until cancelled."""
         while True:
             with self._scope:
                 await trio.sleep_forever()
-            self._scope = trio.CancelScope(deadline=trio.current_time() + self._limit_s)
-            logger.warning("nothing settled for %.0f s\n%s", self.quiet_s(), self._describe())
+            due = self._since + self._limit_s  # infinite where nothing is to settle
+            if due <= trio.current_time():
+                logger.warning("nothing settled for %.0f s\n%s", self.quiet_s(), self._describe())
+                due = trio.current_time() + self._limit_s
+            self._scope = trio.CancelScope(deadline=due)

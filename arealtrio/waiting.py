@@ -22,8 +22,7 @@ class WaitList:
     """
 
     def __init__(self) -> None:
-        # task -> what it would do now: None to go on waiting, else a value or an error
-        self._waiters: dict[trio.lowlevel.Task, Callable[[], outcome.Outcome[Any] | None]] = {}
+        self._waiters: dict[trio.lowlevel.Task, Callable[[], Any]] = {}  # task -> its poll
 
     async def wait_until(self, poll: Callable[[], T | None]) -> T:
         """Return the first value of ``poll`` that is not None, asking it after every ``notify``.
@@ -41,27 +40,32 @@ class WaitList:
             return value
         task = trio.lowlevel.current_task()
 
-        def look() -> outcome.Outcome[T | None] | None:
-            found = outcome.capture(poll)
-            return None if isinstance(found, outcome.Value) and found.value is None else found
-
         def abort(_: object) -> trio.lowlevel.Abort:
             del self._waiters[task]
             return trio.lowlevel.Abort.SUCCEEDED
 
-        self._waiters[task] = look
+        self._waiters[task] = poll
         result: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
 
     def notify(self) -> None:
         """Wake every waiter that can go on now."""
-        for task, look in list(self._waiters.items()):
-            if task not in self._waiters:
-                continue  # an earlier waiter's step ended this one's wait
-            found = look()
-            if found is not None:
-                del self._waiters[task]
-                trio.lowlevel.reschedule(task, found)
+        for task, poll in list(self._waiters.items()):
+            if task in self._waiters:  # no earlier waiter's step has ended this one's wait
+                self._poll(task, poll)
+
+    def _poll(self, task: trio.lowlevel.Task, poll: Callable[[], object]) -> None:
+        found: outcome.Outcome[Any]
+        try:
+            value = poll()
+        except BaseException as exc:  # noqa: BLE001 - raised in the task that waits
+            found = outcome.Error(exc)
+        else:
+            if value is None:
+                return
+            found = outcome.Value(value)
+        del self._waiters[task]
+        trio.lowlevel.reschedule(task, found)
 
     def end(self, error: Callable[[], Exception]) -> None:
         """Wake every waiter with an error of its own."""
