@@ -174,7 +174,7 @@ class RemoteEngine:
                 f"n_samples is {gconfig.n_samples}; a request is one answer, "
                 "ask for several with group_size"
             )
-        if not len(prompt):
+        if not len(prompt) and not request.messages:
             raise InvalidRequest("the prompt is empty")
         self._check_vocabulary(prompt)
         self._check_logprobs(gconfig)
@@ -184,7 +184,7 @@ class RemoteEngine:
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.smallest("vocab_size")
-        if size is not None and int(prompt.max()) >= size:
+        if size is not None and len(prompt) and int(prompt.max()) >= size:
             raise InvalidRequest(
                 f"the prompt holds the token id {int(prompt.max())}, "
                 f"but the vocabulary ends at {size - 1}"
@@ -270,9 +270,11 @@ class RemoteEngine:
     def _parser_for(self, server: Server, generation: Generation) -> StreamParser | None:
         """Where a streamed answer is collected; None to ask for it in one piece.
 
-        Experts come with the last token alone, and no token is kept without them.
+        Experts come with the last token alone, and no token is kept without them; nor can a chat
+        go on from those that came.
         """
-        wanted = self.config.streaming and not generation.wants_experts
+        whole = generation.wants_experts or bool(generation.request.messages)
+        wanted = self.config.streaming and not whole
         if wanted and server.info.streams_news:
             return self.pool.dialect.stream_parser()
         return None
@@ -371,12 +373,12 @@ class RemoteEngine:
             raise
         finally:
             if not done:
-                await self._abort(lease, segment.request_id)
+                await self._abort(lease, segment)
         try:
             if response is None:
                 assert arrived is not None
                 return arrived.answer()
-            return dialect.parse_generate(response, server.info)
+            return dialect.parse_generate(response, server.info, chat=bool(segment.messages))
         except (ServerError, ProtocolError) as exc:
             exc.add_note(f"server: {server.address}")
             raise
@@ -400,7 +402,7 @@ class RemoteEngine:
                     raise
         return None
 
-    async def _abort(self, lease: Lease, request_id: str) -> None:
+    async def _abort(self, lease: Lease, segment: SegmentRequest) -> None:
         """Ask the server that owns a request to drop it.
 
         A closed connection alone is not trusted to do that. The lease is held meanwhile: until it
@@ -408,7 +410,9 @@ class RemoteEngine:
         request may have ended, and a dead server has nothing to abort.
         """
         self._tally.aborts_sent += 1
-        request = self.pool.dialect.abort(request_id, lease.server.info)
+        request = self.pool.dialect.abort(
+            segment.request_id, lease.server.info, chat=bool(segment.messages)
+        )
         with trio.CancelScope(
             deadline=trio.current_time() + self.config.abort_timeout_s, shield=True
         ):
@@ -433,7 +437,8 @@ class RemoteEngine:
             raise RolloutError(
                 f"the generation was interrupted and uses {kept}, which a server keeps per "
                 "request: going on elsewhere would not give what an undisturbed server gives. "
-                "Pause with mode='keep', or set allow_inexact_resume=True"
+                "Pause with mode='keep'"
+                + ("" if generation.request.messages else ", or set allow_inexact_resume=True")
             ) from cause
 
 

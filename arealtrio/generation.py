@@ -84,6 +84,7 @@ class Generation:
     versions: list[Int32Array] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     experts: RoutedExperts = field(default_factory=RoutedExperts)
+    prompt_ids: Int32Array | None = None  # of a chat, as the server read it
     count: int = 0
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -122,6 +123,7 @@ class Generation:
             gconfig=gconfig,
             model=adapter or gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
+            messages=self.request.messages,
             experts_from=self.experts.count,
         )
 
@@ -133,6 +135,8 @@ class Generation:
 
     def obstacle(self, config: RolloutConfig) -> str:
         """What forbids to go on from its tokens on another server; empty if nothing does."""
+        if self.request.messages:
+            return "messages"
         return "" if config.allow_inexact_resume else state_kept_by_server(self.request.gconfig)
 
     def take(
@@ -154,7 +158,8 @@ class Generation:
         if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
             raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
         if count and self.wants_experts:
-            self._take_experts(server, answer, len(segment.token_ids) + count)
+            read = segment.token_ids if answer.prompt_ids is None else answer.prompt_ids
+            self._take_experts(server, answer, len(read) + count)
         self.stop_reason = answer.stop_reason
         self.server = server
         self.failed_on = frozenset()
@@ -164,6 +169,7 @@ class Generation:
             self.versions.append(versions)
             self.segments.append(Segment(server, self.count, self.count + count))
             self.exact = self.exact and exact
+            self.prompt_ids = answer.prompt_ids
         self.count += count
         cut_by_us = answer.stop_reason == "length" and count == asked
         self.ended = answer.stop_reason != "abort" and not (cut_by_us and self.count < self.budget)
@@ -191,7 +197,7 @@ class Generation:
         """The whole answer."""
         return ModelResponse(
             rid=self.rid,
-            input_tokens=self.request.input_ids,
+            input_tokens=self.request.input_ids if self.prompt_ids is None else self.prompt_ids,
             output_tokens=_joined(self.tokens, np.int32),
             output_logprobs=_joined(self.logprobs, np.float32),
             output_versions=_joined(self.versions, np.int32),

@@ -137,12 +137,18 @@ class ModelRequest:
     """One generation to run on whatever server is free.
 
     Args:
-        input_ids: int32[P], the prompt's token ids; anything ``as_token_ids`` takes.
+        input_ids: int32[P], the prompt's token ids; anything ``as_token_ids`` takes. Of a chat they
+            may be left out on vLLM, which tells what tokens it makes of it; SGLang needs them, with
+            a placeholder for each image.
         gconfig: How to sample.
         rid: The request's id; each segment's id on a server derives from it. Empty: a fresh one.
         session: Requests that share a prefix (turns of one conversation, members of a group) share
             this key, so that they may find their prefix in one server's cache. None: no preference.
         metadata: Carried along untouched, never sent.
+        messages: The prompt as a chat, for a vision model: OpenAI's messages, whose ``image_url``
+            parts hold URLs or ``data:`` URLs. Such a generation is asked for in one piece, because
+            a server can not go on from the tokens of a chat exactly.
+        tokenizer: AReaL's argument, which nothing here needs: accepted, not kept.
     """
 
     input_ids: Int32Array
@@ -150,20 +156,33 @@ class ModelRequest:
     rid: str = ""
     session: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] = ()
 
     def __init__(
         self,
-        input_ids: TokenIds,
+        input_ids: TokenIds = (),
         gconfig: GenerationHyperparameters | None = None,
         rid: str = "",
         session: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] = (),
+        tokenizer: object = None,  # noqa: ARG002
     ) -> None:
         object.__setattr__(self, "input_ids", as_token_ids(input_ids))
         object.__setattr__(self, "gconfig", gconfig or GenerationHyperparameters())
         object.__setattr__(self, "rid", rid)
         object.__setattr__(self, "session", session)
         object.__setattr__(self, "metadata", dict(metadata or {}))
+        object.__setattr__(self, "messages", _as_messages(messages))
+
+
+def _as_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
+        found = tuple(messages)
+        if all(isinstance(message, Mapping) for message in found):
+            return found
+    raise InvalidRequest("messages must be a sequence of mappings, such as {'role': …}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +200,7 @@ class ModelResponse:
 
     Args:
         rid: The request's id.
-        input_tokens: int32[P], as asked.
+        input_tokens: int32[P], as asked; of a chat as the server read it, where it tells that.
         output_tokens: int32[N].
         output_logprobs: float32[N], of each token when it was sampled, as its server means them.
             SGLang: after the temperature, before top-p, top-k and min-p. vLLM by default

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import InvalidRequest
 from .engine import Engine, Generation
+from .images import expanded
 from .sampling import SamplingParams
 from .scheduler import EngineDead
 from .settings import ServerSettings
@@ -45,12 +46,22 @@ class Frontend:
         Raises:
             SglangError: As SGLang would answer.
         """
-        checked = [(item.rid, item.prompt, self._checked(item)) for item in items]
+        seen = [self._with_images(item) for item in items]
+        checked = [(item.rid, item.prompt, self._checked(item)) for item in seen]
         try:
             return self.engine.generate(checked)
         except EngineDead as exc:
             raise engine_died() from exc
         except InvalidRequest as exc:
+            raise SglangError(str(exc)) from exc
+
+    def _with_images(self, item: Item) -> Item:
+        if not item.images:
+            return item
+        try:
+            vocab_size = self.engine.scheduler.model.vocab_size
+            return replace(item, prompt=expanded(item.prompt, item.images, vocab_size))
+        except ValueError as exc:
             raise SglangError(str(exc)) from exc
 
     def _checked(self, item: Item) -> SamplingParams:

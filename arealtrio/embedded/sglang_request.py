@@ -19,7 +19,7 @@ from .sampling import SamplingParams
 from .sglang_error import SglangError, malformed
 
 MAX_PENALTY = 2.0
-_UNSUPPORTED = ("text", "input_embeds", "image_data", "video_data", "audio_data", "session_params")
+_UNSUPPORTED = ("text", "input_embeds", "video_data", "audio_data", "session_params")
 _UNSUPPORTED_SAMPLING = (
     "stop", "stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "beam_width",
 )  # fmt: skip
@@ -67,7 +67,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     stream: bool = False
     text: Any = None
     input_embeds: Any = None
-    image_data: Any = None
+    image_data: list[str] | None = None
     video_data: Any = None
     audio_data: Any = None
     session_params: Any = None
@@ -90,6 +90,7 @@ class Item:
         logprobs: Whether to report logprobs.
         lora: The adapter asked for.
         experts_from: The first token whose experts are to be told; None: of none.
+        images: For the placeholders in the prompt.
     """
 
     rid: str
@@ -98,6 +99,7 @@ class Item:
     logprobs: bool
     lora: str | None
     experts_from: int | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def read_generate(body: GenerateBody) -> GenerateRequest:
             logprobs=bool(logprobs),
             lora=lora or None,
             experts_from=_experts_from(body, prompt),
+            images=tuple(body.image_data or ()),
         )
         for rid, prompt, params, logprobs, lora in zip(
             _rids(body.rid, count, batch=batch),

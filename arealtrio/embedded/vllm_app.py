@@ -25,6 +25,7 @@ from .vllm_adapters import VllmAdapters
 from .vllm_error import VllmError, engine_error, missing, rpc_error, validation_error
 from .vllm_fields import Body, decode_body, flag, integer
 from .vllm_generate import (
+    CHAT,
     COMPLETION,
     TOKENS,
     EventStream,
@@ -80,6 +81,7 @@ class _Face:
         }  # fmt: skip
         post = {
             "/v1/completions": self.completions, "/inference/v1/generate": self.generate,
+            "/v1/chat/completions": self.chat,
             "/inference/v1/abort_requests": self.abort_tokens, "/abort_requests": self.abort,
             "/pause": self.pause, "/resume": self.resume, "/sleep": self.sleep,
             "/wake_up": self.wake_up, "/collective_rpc": self.collective_rpc,
@@ -101,6 +103,10 @@ class _Face:
     async def completions(self, request: Request) -> Response:
         """Token ids in, an OpenAI completion out."""
         return await self._generate(request, COMPLETION)
+
+    async def chat(self, request: Request) -> Response:
+        """Messages with images in, token ids of prompt and answer out."""
+        return await self._generate(request, CHAT)
 
     async def generate(self, request: Request) -> Response:
         """Token ids in, token ids and version spans out."""

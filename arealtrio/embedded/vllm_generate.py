@@ -19,7 +19,7 @@ from .scheduler import EngineDead
 from .settings import ServerSettings
 from .vllm_error import engine_error
 from .vllm_fields import Body
-from .vllm_request import GenerateRequest, Limits, read_completion, read_tokens
+from .vllm_request import GenerateRequest, Limits, read_chat, read_completion, read_tokens
 from .vllm_response import Answer, Cursor, Json
 
 
@@ -55,6 +55,14 @@ COMPLETION = Kind(
     whole=vllm_response.completion,
     chunk=vllm_response.completion_chunk,
     usage=vllm_response.completion_usage_chunk,
+)
+CHAT = Kind(
+    prefix="chatcmpl-",
+    numbered=False,
+    read=read_chat,
+    whole=vllm_response.chat,
+    chunk=vllm_response.tokens_chunk,  # not used: it does not stream
+    usage=vllm_response.tokens_usage_chunk,
 )
 TOKENS = Kind(
     prefix="generate-tokens-",

@@ -8,9 +8,10 @@ cannot honour is refused, because ignoring it would give wrong answers silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
+from .images import rendered
 from .sampling import SamplingParams
 from .vllm_error import VllmError, validation_error, value_error
 from .vllm_fields import Body, flag, integer, number, number_by_id, text, token_ids
@@ -104,6 +105,26 @@ def read_tokens(body: Body, limits: Limits) -> GenerateRequest:
     return _checked(body, (prompt,), sampling, "body.sampling_params", limits)
 
 
+def read_chat(body: Body, limits: Limits) -> GenerateRequest:
+    """Read the body of ``/v1/chat/completions``; its logprobs are asked for by two fields.
+
+    Raises:
+        VllmError: As vLLM would answer, and for a stream, which is not imitated.
+    """
+    _check_supported(body)
+    _check_supported(body, ("stream", "tools"))
+    if not body.get("messages"):
+        raise validation_error("body.messages", "missing", "Field required", dict(body))
+    try:
+        prompt = rendered(body["messages"], limits.vocab_size)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise VllmError(f"messages: {exc}") from exc
+    if len(prompt) >= limits.max_model_len:
+        raise _too_long_for_completions(len(prompt), limits.max_model_len)
+    wanted = integer(body, "top_logprobs", 0) if flag(body, "logprobs") else None
+    return _checked(body, (prompt,), {**body, "logprobs": wanted}, "body", limits)
+
+
 def _checked(
     body: Body, prompts: tuple[list[int], ...], sampling: Body, loc: str, limits: Limits
 ) -> GenerateRequest:
@@ -139,8 +160,8 @@ def _experts_from(sampling: Body, prompts: tuple[list[int], ...], loc: str) -> i
     return start
 
 
-def _check_supported(body: Body) -> None:
-    for name in _UNSUPPORTED:
+def _check_supported(body: Body, names: Iterable[str] = _UNSUPPORTED) -> None:
+    for name in names:
         value = body.get(name)
         if value is not None and value is not False and value not in ([], "", {}):
             raise VllmError(f"{name} is not supported by this embedded server", param=name)

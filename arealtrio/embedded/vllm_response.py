@@ -172,6 +172,52 @@ def _completion_logprobs(
     }
 
 
+def chat(answer: Answer) -> Json:
+    """The answer of ``/v1/chat/completions``."""
+    named = answer.request.return_token_ids
+    return {
+        **_completion_head(answer),
+        "object": "chat.completion",
+        "choices": [_chat_choice(answer, i, s) for i, s in enumerate(answer.sequences)],
+        "service_tier": None,
+        "system_fingerprint": FINGERPRINT,
+        "usage": answer.full_usage(),
+        "prompt_logprobs": None,
+        "prompt_token_ids": answer.sequences[0].prompt_ids if named else None,
+        "prompt_text": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+
+
+def _chat_choice(answer: Answer, index: int, sequence: Sequence) -> Json:
+    message = {"role": "assistant", "content": "", "refusal": None, "annotations": None,
+               "audio": None, "function_call": None, "reasoning": None}  # fmt: skip
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _chat_logprobs(answer.request, sequence),
+        "finish_reason": sequence.finish_reason,
+        "stop_reason": sequence.stop_reason,
+        "token_ids": sequence.output_ids if answer.request.return_token_ids else None,
+        "routed_experts": answer.experts(sequence),
+    }
+
+
+def _chat_logprobs(request: GenerateRequest, sequence: Sequence) -> Json | None:
+    """Without the best candidates, which no client of this server asks for."""
+    if request.params.logprobs is None:
+        return None
+    return {
+        "content": [
+            {"token": _written(request, token_id), "logprob": logprob, "bytes": [],
+             "top_logprobs": []}
+            for token_id, logprob in zip(sequence.output_ids, sequence.logprobs, strict=True)
+        ]
+    }  # fmt: skip
+
+
 def _length(request: GenerateRequest, ids: Iterable[int]) -> int:
     return sum(len(_written(request, token_id)) for token_id in ids)
 

@@ -7,9 +7,9 @@ ProtocolError for a body that does not follow the dialect. No error message carr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..types import (
     Float32Array,
@@ -45,6 +45,8 @@ class SegmentRequest:
         gconfig: How to sample; its own token limits are superseded by the two above.
         model: The model or versioned adapter name; empty where the server needs none.
         seed: Of this segment's sampler (derived from the request's, another for each segment).
+        messages: The prompt as a chat: for the server to turn into tokens, or beside ``token_ids``
+            for its images. Empty where the tokens are all.
         experts_from: The first token whose experts are to be told, where that is asked for: those
             of the tokens before are there.
     """
@@ -56,6 +58,7 @@ class SegmentRequest:
     gconfig: GenerationHyperparameters
     model: str = ""
     seed: int | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
     experts_from: int = 0
 
 
@@ -70,6 +73,7 @@ class SegmentResponse:
         versions: The server's own weight-version spans, covering all N tokens in order; None where
             this route reports none.
         message: The server's word on an abort, if any.
+        prompt_ids: int32[P], the prompt's tokens, where the server made them.
         routed_experts: The experts of each token but the last, of prompt and answer, in whatever
             shape the server tells: [tokens, layers, top_k], or all of it in one vector. None where
             it tells none.
@@ -80,6 +84,7 @@ class SegmentResponse:
     stop_reason: StopReason
     versions: tuple[VersionSpan, ...] | None = None
     message: str = ""
+    prompt_ids: Int32Array | None = None
     routed_experts: IntegerArray | None = None
 
 
@@ -191,14 +196,16 @@ class Dialect(WeightRequests, Protocol):
     ) -> HttpRequest:
         """Ask for tokens, on the best route that ``info`` says is there; streamed, as they come."""
 
-    def parse_generate(self, response: HttpResponse, info: ServerInfo) -> SegmentResponse:
-        """Read tokens, logprobs and, where reported, version spans."""
+    def parse_generate(
+        self, response: HttpResponse, info: ServerInfo, *, chat: bool = False
+    ) -> SegmentResponse:
+        """Read tokens, logprobs and, where reported, version spans; ``chat``: of messages."""
 
     def stream_parser(self) -> StreamParser:
         """A fresh reader of one streamed generation."""
 
-    def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
-        """Stop one request by the id ``generate`` gave it."""
+    def abort(self, request_id: str, info: ServerInfo, *, chat: bool = False) -> HttpRequest:
+        """Stop one request by the id ``generate`` gave it; ``chat``: it had messages."""
 
     def pause(self, mode: PauseMode) -> HttpRequest:
         """Stop generating. ConfigError for a mode that this dialect does not know."""

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from .._core.logprobs import Scanner, encode_ids
-from ..errors import ConfigError, ProtocolError
+from ..errors import ConfigError, InvalidRequest, ProtocolError
 from ..types import Float32Array, HttpRequest, HttpResponse, Int32Array, PauseMode, StopReason
 from . import body, metrics
 from .dialect import (
@@ -25,7 +25,7 @@ from .dialect import (
     VersionSpan,
 )
 from .experts import read_int32
-from .segment import check_segment, top_k_of
+from .segment import check_segment, images_of, top_k_of
 from .sglang_weights import SglangWeights
 from .status import check_status, raise_refusal
 from .stream import (
@@ -182,10 +182,18 @@ class SglangDialect(SglangWeights):
     ) -> HttpRequest:
         """Ask for tokens by ``/generate``; ``rid`` is the id that ``abort`` names.
 
+        Of a chat its images are sent, and the caller's token ids: SGLang's own chat route tells no
+        token ids.
+
         Raises:
-            InvalidRequest: What ``check_segment`` refuses.
+            InvalidRequest: What ``check_segment`` refuses, and a chat without its token ids.
         """
         check_segment(segment, info)
+        if not len(segment.token_ids):
+            raise InvalidRequest(
+                "a chat on SGLang needs its input_ids too, with a placeholder for each image: "
+                "SGLang does not tell what tokens it makes of messages"
+            )
         question: dict[str, Any] = {
             "rid": segment.request_id,
             "input_ids": msgspec.Raw(encode_ids(segment.token_ids)),
@@ -195,6 +203,8 @@ class SglangDialect(SglangWeights):
         }
         if segment.gconfig.lora_name:
             question["lora_path"] = segment.model or segment.gconfig.lora_name
+        if segment.messages:
+            question["image_data"] = images_of(segment.messages)
         if segment.gconfig.return_routed_experts:
             question["return_routed_experts"] = True
             question["routed_experts_start_len"] = segment.experts_from
@@ -204,6 +214,8 @@ class SglangDialect(SglangWeights):
         self,
         response: HttpResponse,
         info: ServerInfo,  # noqa: ARG002  there is one route
+        *,
+        chat: bool = False,  # noqa: ARG002  likewise
     ) -> SegmentResponse:
         """Read an answer.
 
@@ -233,6 +245,8 @@ class SglangDialect(SglangWeights):
         self,
         request_id: str,
         info: ServerInfo,  # noqa: ARG002  there is one route
+        *,
+        chat: bool = False,  # noqa: ARG002  likewise
     ) -> HttpRequest:
         """Stop one request by its ``rid``."""
         return body.post("/abort_request", {"rid": request_id})

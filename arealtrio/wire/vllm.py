@@ -21,7 +21,6 @@ from ..types import (
     HttpResponse,
     Int32Array,
     PauseMode,
-    StopReason,
 )
 from . import body, metrics
 from .dialect import (
@@ -46,19 +45,14 @@ from .stream import (
     decode_event,
 )
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
-from .versions import Span, read_label, read_spans
+from .versions import read_label, read_spans
+from .vllm_chat import chat_fields, parse_chat, post_chat
+from .vllm_choice import SERVER, Choice, stop_reason_of
 from .vllm_weights import RESET_CACHE, VllmWeights
 
-SERVER: Final = "vLLM"
 TOKEN_ROUTE: Final = "/inference/v1/generate"
 ADAPTER_DONE: Final = b"Success: "  # about adapters it speaks plain text
 PAUSE_MODES: Final = ("keep", "abort", "wait")
-
-# ``error`` and ``repetition`` (its repetition detection, which is never asked for) are not here:
-# neither is an end that the trainer may learn from.
-STOP_REASONS: Final[dict[str, StopReason]] = {
-    "stop": "stop", "length": "length", "abort": "abort", "tool_calls": "tool_calls",
-}  # fmt: skip
 
 LOAD_METRICS: Final = {
     "vllm:num_requests_running": True,
@@ -94,14 +88,8 @@ SCANNER: Final = Scanner(
 )
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None
-    weight_versions: list[Span] | None = None
-    routed_experts: bytes | None = None  # base64 of a .npy file
-
-
 class _Answer(msgspec.Struct):
-    choices: list[_Choice]
+    choices: list[Choice]
 
 
 class _Record(msgspec.Struct):
@@ -115,7 +103,7 @@ class _EventLogprobs(msgspec.Struct):
     tokens: list[str] | None = None
 
 
-class _EventChoice(_Choice):
+class _EventChoice(Choice):
     token_ids: list[TokenId] | None = None
     logprobs: _EventLogprobs | None = None
 
@@ -220,7 +208,7 @@ class VllmDialect(VllmWeights):
     def generate(
         self, segment: SegmentRequest, info: ServerInfo, *, stream: bool = False
     ) -> HttpRequest:
-        """Ask for tokens, by ``/inference/v1/generate`` where it is there.
+        """Ask for tokens, by ``/inference/v1/generate`` where it is there, of a chat by its route.
 
         The id goes into the body and into ``X-Request-Id``, which vLLM prefers: a proxy that
         writes that header where it is missing would otherwise rename the request, and no abort
@@ -236,6 +224,9 @@ class VllmDialect(VllmWeights):
         if stream:
             question["stream"] = True
         headers = (("X-Request-Id", segment.request_id),)
+        if segment.messages:
+            question |= _sampling(segment, info) | chat_fields(segment.messages)
+            return post_chat(question, headers)
         if info.token_in_token_out:
             question["token_ids"] = _ids(segment)
             question["sampling_params"] = _token_route_sampling(segment, info)
@@ -248,6 +239,8 @@ class VllmDialect(VllmWeights):
         self,
         response: HttpResponse,
         info: ServerInfo,  # noqa: ARG002  both routes are told apart by what they answer
+        *,
+        chat: bool = False,
     ) -> SegmentResponse:
         """Read the one choice of an answer.
 
@@ -255,6 +248,8 @@ class VllmDialect(VllmWeights):
             ProtocolError: Also where the lists differ in length, a logprob is missing or not
                 finite, the finish reason is unknown, or the spans do not cover the tokens.
         """
+        if chat:
+            return parse_chat(response)
         columns, rest = scan(SCANNER, response, SERVER)
         answer = body.decode(rest, _Answer, response, f"a generation from {SERVER}")
         if len(answer.choices) != 1:
@@ -265,11 +260,13 @@ class VllmDialect(VllmWeights):
         """Read a stream of either route; version spans come with its last tokens."""
         return TokenStream(SERVER, _read_event)
 
-    def abort(self, request_id: str, info: ServerInfo) -> HttpRequest:
+    def abort(self, request_id: str, info: ServerInfo, *, chat: bool = False) -> HttpRequest:
         """Stop one request by the id that vLLM made of ours.
 
         It puts the route's name before it, and for completions the prompt's index behind it.
         """
+        if chat:
+            return body.post("/abort_requests", {"request_ids": [f"chatcmpl-{request_id}"]})
         if info.token_in_token_out:
             ids = [f"generate-tokens-{request_id}"]
             return body.post("/inference/v1/abort_requests", {"request_ids": ids})
@@ -448,12 +445,12 @@ def _has_route(probe: HttpResponse) -> bool:
     return False
 
 
-def _segment_response(choice: _Choice, columns: dict[str, Column]) -> SegmentResponse:
+def _segment_response(choice: Choice, columns: dict[str, Column]) -> SegmentResponse:
     ids, logprobs = _tokens(columns)
     return SegmentResponse(
         token_ids=ids,
         logprobs=logprobs,
-        stop_reason=_stop_reason(choice),
+        stop_reason=stop_reason_of(choice),
         versions=_spans(choice, len(ids)),
         routed_experts=read_npy(choice.routed_experts, SERVER),
     )
@@ -469,7 +466,7 @@ def _read_event(event: bytes, count: int) -> News | None:  # noqa: ARG001  it sa
     choice = said.choices[0]
     end = None
     if choice.finish_reason is not None:
-        end = End(_stop_reason(choice), choice.weight_versions)
+        end = End(stop_reason_of(choice), choice.weight_versions)
     return News(*_new_tokens(choice), end)
 
 
@@ -498,17 +495,7 @@ def _ids_of(strings: Sequence[str]) -> list[int]:
     return ids
 
 
-def _stop_reason(choice: _Choice) -> StopReason:
-    reason = choice.finish_reason
-    if reason not in STOP_REASONS:
-        raise ProtocolError(
-            f"expected a finish reason of {', '.join(STOP_REASONS)} from {SERVER}, "
-            f"got {str(reason)[:20]!r}"
-        )
-    return STOP_REASONS[reason]
-
-
-def _spans(choice: _Choice, token_count: int) -> tuple[VersionSpan, ...] | None:
+def _spans(choice: Choice, token_count: int) -> tuple[VersionSpan, ...] | None:
     """None on a route without the field, and where vLLM knows no label for the tokens."""
     if choice.weight_versions is None:
         return None

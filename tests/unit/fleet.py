@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from arealtrio.config import RolloutConfig
+from arealtrio.embedded.scheduler import Scheduler
 from arealtrio.embedded.serve import RunningServer, ServerSettings, running_server
 from arealtrio.engine import RemoteEngine, open_engine
 
@@ -34,6 +36,21 @@ class Fleet:
         """Of the only server."""
         (watch,) = self.watches.values()
         return watch
+
+    async def where(self, holds: Callable[[Scheduler], bool]) -> str:
+        """The address of the first server whose scheduler is in some state, once one is."""
+        found: list[str] = []
+
+        async def watch(url: str, cancel: trio.CancelScope) -> None:
+            await self.watches[url].until(holds)
+            found.append(url)
+            cancel.cancel()
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for url in self.urls:
+                    nursery.start_soon(watch, url, nursery.cancel_scope)
+        return found[0]
 
     def nothing_left(self) -> bool:
         """Whether no server runs or holds a request (invariant I9)."""

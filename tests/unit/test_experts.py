@@ -206,20 +206,9 @@ async def collect(
 
 async def server_with(fleet: Fleet, tokens: int) -> str:
     """The server that runs a generation of so many tokens, when one does."""
-    found: list[str] = []
-
-    async def watch(url: str) -> None:
-        await fleet.watches[url].until(
-            lambda s: any(len(r.token_ids) - len(PROMPT) >= tokens for r in s.running)
-        )
-        found.append(url)
-        nursery.cancel_scope.cancel()
-
-    with trio.fail_after(30):
-        async with trio.open_nursery() as nursery:
-            for url in fleet.urls:
-                nursery.start_soon(watch, url)
-    return found[0]
+    return await fleet.where(
+        lambda s: any(len(r.token_ids) - len(PROMPT) >= tokens for r in s.running)
+    )
 
 
 @EACH
