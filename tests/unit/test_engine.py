@@ -385,9 +385,9 @@ async def test_without_a_report_the_pinned_version_stands_and_is_exact_only_with
             (server,) = engine.pool.servers
             parse = engine.pool.dialect.parse_generate
 
-            def land_an_update(*args: object) -> object:
+            def land_an_update(*args: Any, **kwargs: Any) -> object:
                 server.version = 1  # while the answer was on its way
-                return parse(*args)  # type: ignore[arg-type]
+                return parse(*args, **kwargs)
 
             class Late:
                 def __getattr__(self, name: str) -> object:
