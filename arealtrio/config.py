@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
+from .checks import finite, flag, integer, one_of, shown, text
 from .errors import ConfigError
 from .types import TimeLimits
 
@@ -205,33 +206,36 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.servers, str) or not isinstance(self.servers, Iterable):
-            raise ConfigError(f"servers must be a list of URLs, not {self.servers!r}")
+            raise ConfigError(f"servers must be a list of URLs, not {shown(self.servers)}")
         object.__setattr__(self, "servers", tuple(normalise_address(s) for s in self.servers))
         self._check_servers()
-        _one_of("backend", self.backend, BACKENDS)
-        _one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
-        _one_of("queue_order", self.queue_order, QUEUE_ORDERS)
-        _one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
-        _one_of("priority", self.priority, PRIORITIES)
+        one_of("backend", self.backend, BACKENDS)
+        one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
+        one_of("queue_order", self.queue_order, QUEUE_ORDERS)
+        one_of("straggler_policy", self.straggler_policy, STRAGGLER_POLICIES)
+        one_of("priority", self.priority, PRIORITIES)
         self._check_counts()
         self._check_caps()
         self._check_headers()
         self._check_rest()
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
-            _finite_positive(name, getattr(self, name))
+            value = finite(name, getattr(self, name))
+            if value <= 0:
+                raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+            object.__setattr__(self, name, value)
 
     def _check_rest(self) -> None:
         for name in ("allow_inexact_resume", "streaming", "adaptive_caps"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        ratio = self.max_failure_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            flag(name, getattr(self, name))
+        ratio = finite("max_failure_ratio", self.max_failure_ratio)
+        if not 0 <= ratio <= 1:
             raise ConfigError(f"max_failure_ratio must be between 0 and 1, not {ratio!r}")
-        if self.model is not None and not isinstance(self.model, str):
-            raise ConfigError(f"model must be a name or None, not {self.model!r}")
+        object.__setattr__(self, "max_failure_ratio", ratio)
+        if self.model is not None:
+            text("model", self.model)
         ca_file = self.ca_file
         if ca_file is not None and not (isinstance(ca_file, str) and os.path.isfile(ca_file)):
-            raise ConfigError(f"ca_file {ca_file!r} is no file that can be read here")
+            raise ConfigError(f"ca_file {shown(ca_file)} is no file that can be read here")
 
     def _check_servers(self) -> None:
         twice = sorted({s for s in self.servers if list(self.servers).count(s) > 1})
@@ -261,8 +265,9 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:
                 continue
-            _count(name, value, least, _LARGEST.get(name, COUNT_MAX))
-        _integer_from("seed", self.seed, 0)
+            most = _LARGEST.get(name, COUNT_MAX)
+            object.__setattr__(self, name, integer(name, value, least, most))
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0))
         if (self.max_staleness + 1) * self.consumer_batch_size > BUDGET_MAX:
             raise ConfigError(
                 f"(max_staleness + 1) * consumer_batch_size must be at most {BUDGET_MAX}: "
@@ -277,7 +282,7 @@ class RolloutConfig:
     def _check_caps(self) -> None:
         caps = self.max_requests_per_server
         if isinstance(caps, Mapping):
-            named = {normalise_address(s): cap for s, cap in caps.items()}
+            named = {normalise_address(s): _cap(cap) for s, cap in caps.items()}
             unknown = sorted(set(named) - set(self.servers))
             if unknown:
                 raise ConfigError(
@@ -285,9 +290,8 @@ class RolloutConfig:
                     f"{', '.join(unknown)}"
                 )
             object.__setattr__(self, "max_requests_per_server", named)
-        for cap in caps.values() if isinstance(caps, Mapping) else [caps]:
-            if cap is not None:
-                _count("max_requests_per_server", cap, 1, CAP_MAX)
+        else:
+            object.__setattr__(self, "max_requests_per_server", _cap(caps))
 
     def _check_headers(self) -> None:
         """Names and values alone are checked here, and never repeated: they hold secrets."""
@@ -297,9 +301,15 @@ class RolloutConfig:
             raise ConfigError("headers are a mapping from names to values")
         named = {normalise_address(s): dict(h) for s, h in self.server_headers.items()}
         object.__setattr__(self, "server_headers", named)
+        object.__setattr__(self, "headers", dict(self.headers))
         for headers in (self.headers, *named.values()):
-            if not all(isinstance(part, str) for pair in headers.items() for part in pair):
-                raise ConfigError("a header is a name and a value, both of them text")
+            if not all(_is_header(name, value) for name, value in headers.items()):
+                raise ConfigError(
+                    "one of headers or server_headers is not a name and a value, both of them "
+                    "text that HTTP can send"
+                )
+            if _FRAMING & {name.lower() for name in headers}:
+                raise ConfigError("headers do not say how long a body is; the transport does")
 
     def headers_of(self, server: str) -> tuple[tuple[str, str], ...]:
         """The headers of every request to a server; its own win, whatever the case of the names."""
@@ -352,49 +362,46 @@ _LARGEST = {
 }
 
 
+def _cap(cap: object) -> int | None:
+    return None if cap is None else integer("max_requests_per_server", cap, 1, CAP_MAX)
+
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_URL = re.compile(r"[\x21-\x7e]+")  # all else is escaped in a URL
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, as Latin-1
+_FRAMING = {"content-length", "transfer-encoding"}
 
 
 def normalise_address(server: str) -> str:
     """Return one name for a server: no trailing slash, and no port where it is the scheme's own.
 
     Raises:
-        ConfigError: If it is not an http(s) URL with a host, or carries a query or a fragment.
+        ConfigError: If it is not an http(s) URL with a host, holds what a URL has to escape, or
+            carries a query or a fragment.
     """
     if not isinstance(server, str):
-        raise ConfigError(f"a server is a URL such as http://10.0.0.1:8000, not {server!r}")
+        raise ConfigError(f"a server is a URL such as http://10.0.0.1:8000, not {shown(server)}")
+    refusal = f"{shown(server)} is not a server's URL; write http://host:port"
     try:
         parts = urlsplit(server.strip())
         port = parts.port
-    except ValueError as exc:
-        raise ConfigError(f"{server!r} is not a server's URL: {exc}") from exc
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{server!r} is not a server's URL; write http://host:port")
+    except ValueError:  # not chained: it repeats what it was given
+        raise ConfigError(refusal) from None
     if parts.query or parts.fragment or parts.username or parts.password:
         raise ConfigError(
             "a server's URL has no query, fragment or credentials; put credentials into headers"
         )
+    fits = parts.scheme in _DEFAULT_PORTS and parts.hostname and port != 0
+    if not fits or not _URL.fullmatch(server.strip()):
+        raise ConfigError(refusal)
+    assert parts.hostname is not None
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     authority = host if port in (None, _DEFAULT_PORTS[parts.scheme]) else f"{host}:{port}"
     return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}"
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _integer_from(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-def _count(name: str, value: int, least: int, most: int) -> None:
-    _integer_from(name, value, least)
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most}, not {value!r}")
-
-
-def _finite_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a finite number of seconds above 0, not {value!r}")
+def _is_header(name: object, value: object) -> bool:
+    if not (isinstance(name, str) and isinstance(value, str)):
+        return False
+    return bool(_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value))

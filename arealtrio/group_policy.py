@@ -12,7 +12,7 @@ import enum
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from .errors import ConfigError
+from .checks import integer, one_of
 from .types import Outcome
 
 
@@ -38,6 +38,11 @@ class GroupPolicy:
     least: int = 0
     max_again: int = 0
 
+    def __post_init__(self) -> None:
+        one_of("kind", self.kind, ("all", "at_least", "replace"))
+        for name in ("least", "max_again"):
+            object.__setattr__(self, name, integer(name, getattr(self, name), 0))
+
     @classmethod
     def all(cls, max_retries: int = 0) -> Self:
         """Every member must succeed; the first that does not ends the group.
@@ -48,9 +53,7 @@ class GroupPolicy:
         Raises:
             ConfigError: If ``max_retries`` is negative.
         """
-        if max_retries < 0:
-            raise ConfigError(f"max_retries must be at least 0, not {max_retries}")
-        return cls(kind="all", max_again=max_retries)
+        return cls(kind="all", max_again=integer("max_retries", max_retries, 0))
 
     @classmethod
     def at_least(cls, least: int) -> Self:
@@ -59,9 +62,8 @@ class GroupPolicy:
         Raises:
             ConfigError: If ``least`` is below 1.
         """
-        if least < 1:
-            raise ConfigError(f"at_least needs a number of members of at least 1, not {least}")
-        return cls(kind="at_least", least=least)
+        members = integer("at_least's number of members", least, 1)
+        return cls(kind="at_least", least=members)
 
     @classmethod
     def replace(cls, max_replacements: int = 4) -> Self:
@@ -73,9 +75,8 @@ class GroupPolicy:
         Raises:
             ConfigError: If ``max_replacements`` is below 1.
         """
-        if max_replacements < 1:
-            raise ConfigError(f"max_replacements must be at least 1, not {max_replacements}")
-        return cls(kind="replace", max_again=max_replacements)
+        again = integer("max_replacements", max_replacements, 1)
+        return cls(kind="replace", max_again=again)
 
     def needed(self, size: int) -> int:
         """Members of a group of ``size`` that must succeed."""

@@ -7,7 +7,6 @@ Token ids and versions are int32, logprobs float32, masks int32.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, TypeAlias
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .checks import finite, flag, integer, items, shown, text
 from .errors import ConfigError, InvalidRequest, WorkflowError
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
@@ -41,7 +41,7 @@ def as_token_ids(value: TokenIds, what: str = "input_ids") -> Int32Array:
     """
     try:
         ids = np.asarray(value)
-    except (ValueError, OverflowError) as exc:
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise InvalidRequest(f"{what} is not a vector of token ids") from exc
     if ids.size == 0 and ids.ndim == 1:
         return np.empty(0, dtype=np.int32)
@@ -82,6 +82,9 @@ class GenerationHyperparameters:
         repetition_penalty: Above 0; 1 is off.
         seed: Of the server's sampler; None leaves it to the server.
         lora_name: Adapter to use; empty is the base model.
+
+    Raises:
+        ConfigError: A value is of another type or out of its range; it names the field.
     """
 
     n_samples: int = 1
@@ -105,19 +108,32 @@ class GenerationHyperparameters:
     lora_name: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
-        stop: str | Sequence[str] = self.stop  # a caller may well write stop="…"
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        self._check(self.n_samples >= 1, "n_samples must be at least 1")
-        self._check(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
-        self._check(0 <= self.min_new_tokens <= self.max_new_tokens,
+        for name, least, most in _COUNTS:
+            object.__setattr__(self, name, integer(name, getattr(self, name), least, most))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
+        for name in ("greedy", "ignore_eos", "skip_special_tokens", "return_routed_experts"):
+            flag(name, getattr(self, name))
+        text("lora_name", self.lora_name)
+        if self.seed is not None:
+            object.__setattr__(self, "seed", integer("seed", self.seed, -(2**63), 2**63 - 1))
+        self._check_stops()
+        self._check_ranges()
+
+    def _check_stops(self) -> None:
+        ids = items("stop_token_ids", self.stop_token_ids, "token ids")
+        checked = tuple(integer("each of stop_token_ids", i, 0, INT32_MAX) for i in ids)
+        object.__setattr__(self, "stop_token_ids", checked)
+        stop: object = self.stop  # a caller may well write stop="…"
+        words = (stop,) if isinstance(stop, str) else items("stop", stop, "strings")
+        object.__setattr__(self, "stop", tuple(text("each of stop", word) for word in words))
+
+    def _check_ranges(self) -> None:
+        self._check(self.min_new_tokens <= self.max_new_tokens,
                     "min_new_tokens must be between 0 and max_new_tokens")  # fmt: skip
-        self._check(self.max_tokens >= 1, "max_tokens must be at least 1")
         self._check(0 < self.top_p <= 1, "top_p must be in (0, 1]")
-        self._check(self.top_k >= 1, "top_k must be at least 1")
         self._check(0 <= self.min_p < 1, "min_p must be in [0, 1)")
-        self._check(math.isfinite(self.temperature) and self.temperature >= 0,
-                    "temperature must be finite and not negative")  # fmt: skip
+        self._check(self.temperature >= 0, "temperature must be finite and not negative")
         for name in ("frequency_penalty", "presence_penalty"):
             self._check(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2]")
         self._check(self.repetition_penalty > 0, "repetition_penalty must be above 0")
@@ -130,6 +146,18 @@ class GenerationHyperparameters:
     def new(self, **changes: Any) -> Self:
         """Return a copy with some fields changed (AReaL's name for it)."""
         return replace(self, **changes)
+
+
+_COUNTS = (
+    ("n_samples", 1, INT32_MAX),
+    ("max_new_tokens", 1, INT32_MAX),
+    ("min_new_tokens", 0, INT32_MAX),
+    ("max_tokens", 1, INT32_MAX),
+    ("top_k", 1, 2**63 - 1),
+)
+_NUMBERS = (
+    "top_p", "min_p", "temperature", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,6 +177,9 @@ class ModelRequest:
             parts hold URLs or ``data:`` URLs. Such a generation is asked for in one piece, because
             a server can not go on from the tokens of a chat exactly.
         tokenizer: AReaL's argument, which nothing here needs: accepted, not kept.
+
+    Raises:
+        InvalidRequest: An argument is of another type, or ``as_token_ids`` refuses the ids.
     """
 
     input_ids: Int32Array
@@ -170,8 +201,14 @@ class ModelRequest:
         tokenizer: object = None,  # noqa: ARG002
     ) -> None:
         object.__setattr__(self, "input_ids", as_token_ids(input_ids))
+        if gconfig is not None and not isinstance(gconfig, GenerationHyperparameters):
+            raise InvalidRequest(f"gconfig must be GenerationHyperparameters, not {shown(gconfig)}")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise InvalidRequest(f"metadata must be a mapping, not {shown(metadata)}")
         object.__setattr__(self, "gconfig", gconfig or GenerationHyperparameters())
-        object.__setattr__(self, "rid", rid)
+        object.__setattr__(self, "rid", text("rid", rid, error=InvalidRequest))
+        if session is not None:
+            text("session", session, error=InvalidRequest)
         object.__setattr__(self, "session", session)
         object.__setattr__(self, "metadata", dict(metadata or {}))
         object.__setattr__(self, "messages", _as_messages(messages))
@@ -260,6 +297,9 @@ class Trajectory:
         member_index: Of this row's rollout in its group; filled in by the executor.
         extras: Further float32 or int32 vectors of length T, or matrices of T rows in a dtype of
             their own (``routed_experts``), collated under their own names.
+
+    Raises:
+        WorkflowError: A value is of another type, length or range.
     """
 
     input_ids: Int32Array
@@ -275,22 +315,30 @@ class Trajectory:
     def __post_init__(self) -> None:
         for name, dtype in (("input_ids", np.int32), ("loss_mask", np.int32),
                             ("logprobs", np.float32), ("versions", np.int32)):  # fmt: skip
-            array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+            array = _vector(name, getattr(self, name), dtype)
             if array.shape != np.shape(self.input_ids) or array.ndim != 1 or array.size == 0:
                 raise WorkflowError(
                     f"a trajectory's {name} must be a vector as long as its input_ids, "
                     f"not of shape {array.shape}"
                 )
             object.__setattr__(self, name, array)
+        if not isinstance(self.extras, Mapping):
+            raise WorkflowError(
+                f"a trajectory's extras must be a mapping, not {shown(self.extras)}"
+            )
         for name, extra in self.extras.items():
-            shape = np.shape(extra)
-            if shape[:1] != self.input_ids.shape or len(shape) > 2:
+            shape = _shape(extra)
+            if shape is None or shape[:1] != self.input_ids.shape or len(shape) > 2:
                 raise WorkflowError(
-                    f"a trajectory's extra {name!r} must be as long as its input_ids: a vector, or "
-                    "a matrix with a row for each"
+                    f"a trajectory's extra {shown(name)} must be as long as its input_ids: a "
+                    "vector, or a matrix with a row for each"
                 )
-        if not math.isfinite(self.reward):
-            raise WorkflowError(f"a trajectory's reward must be a finite number, not {self.reward}")
+        reward = finite("a trajectory's reward", self.reward, error=WorkflowError)
+        object.__setattr__(self, "reward", reward)
+        flag("a trajectory's versions_exact", self.versions_exact, error=WorkflowError)
+        text("a trajectory's prompt_id", self.prompt_id, error=WorkflowError)
+        index = integer("a trajectory's member_index", self.member_index, 0, error=WorkflowError)
+        object.__setattr__(self, "member_index", index)
 
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
@@ -315,6 +363,31 @@ class Trajectory:
         """The version of the newest generated token; None where nothing was generated."""
         made = self.versions[self.versions >= 0]
         return int(made.max()) if made.size else None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    try:
+        return np.asarray(value).shape
+    except (TypeError, ValueError):  # lists of unequal length
+        return None
+
+
+def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """What a workflow gave as an array of ``dtype``; integers only where nothing is lost."""
+    refusal = WorkflowError(f"a trajectory's {name} must be a vector of {dtype.__name__}")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise refusal from exc
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
+    if array.size and array.dtype.kind not in "biuf":
+        raise refusal
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = np.ascontiguousarray(array, dtype=dtype)
+    if dtype is np.int32 and not np.array_equal(cast, array):
+        raise refusal
+    return cast
 
 
 _TRAJECTORY_FIELDS = tuple(f.name for f in fields(Trajectory))

@@ -16,7 +16,8 @@ from typing import TextIO
 
 import trio
 
-from ..config import RolloutConfig, SchedulePolicyName
+from ..checks import flag, integer, one_of, shown
+from ..config import SCHEDULE_POLICIES, RolloutConfig, SchedulePolicyName
 from ..controller import RolloutController
 from ..errors import ConfigError
 from ..transport import HttpTransport
@@ -53,7 +54,7 @@ class DemoOptions:
             else is equal, so what is learnt without this is learnt through the weights.
 
     Raises:
-        ConfigError: A count is below 1.
+        ConfigError: A value is of another type or out of its range.
     """
 
     steps: int = 20
@@ -67,9 +68,19 @@ class DemoOptions:
     freeze_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "servers", "batch_size", "group_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (
+            ("steps", 1),
+            ("servers", 1),
+            ("batch_size", 1),
+            ("group_size", 1),
+            ("max_staleness", 0),
+            ("seed", 0),
+        ):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
+        flag("freeze_weights", self.freeze_weights)
+        if self.keep_weights is not None and not isinstance(self.keep_weights, Path):
+            raise ConfigError(f"keep_weights must be a Path, not {shown(self.keep_weights)}")
 
 
 def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:

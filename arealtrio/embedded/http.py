@@ -15,6 +15,9 @@ from starlette.types import Receive, Send
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 LAST_EVENT = b"data: [DONE]\n\n"
 
+# What msgspec raises of a body that is no JSON, or nests too deep to be read.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 
 class BodyTooLarge(Exception):
     """A request body is above ``BODY_LIMIT_BYTES``."""

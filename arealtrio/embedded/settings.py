@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from ..checks import finite, flag, integer, one_of, shown, text
 from ..errors import ConfigError
+from ..types import INT32_MAX
 from .sampling import LogprobsMode
+
+INT64_MAX = 2**63 - 1
 
 DialectName: TypeAlias = Literal["vllm", "sglang"]
 
@@ -18,6 +22,14 @@ LOGPROBS_MODES: dict[DialectName, tuple[LogprobsMode, ...]] = {
     "vllm": ("raw_logprobs", "processed_logprobs"),
     "sglang": ("scaled_logprobs", "raw_logprobs"),
 }
+
+
+_COUNTS = (
+    ("port", 0, 65535),
+    ("max_num_seqs", 1, INT32_MAX),
+    ("max_model_len", 2, INT32_MAX),
+    ("seed", -INT64_MAX, INT64_MAX),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +81,23 @@ class ServerSettings:
     fragile: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, (str, os.PathLike)):
+            raise ConfigError(f"weights must be a directory's path, not {shown(self.weights)}")
         object.__setattr__(self, "weights", Path(self.weights))
-        self._check(0 <= self.port <= 65535, "port must be between 0 and 65535")
-        self._check(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
-        self._check(self.max_model_len >= 2, "max_model_len must be at least 2")
+        for name, least, most in _COUNTS:
+            object.__setattr__(self, name, integer(name, getattr(self, name), least, most))
         for name in ("token_time_s", "health_time_s"):
-            value = getattr(self, name)
-            self._check(math.isfinite(value) and value >= 0,
-                        f"{name} must be finite and not negative")  # fmt: skip
-        self._check(self.dialect in get_args(DialectName),
-                    f"dialect must be one of {get_args(DialectName)}")  # fmt: skip
+            value = finite(name, getattr(self, name))
+            self._check(value >= 0, f"{name} must be finite and not negative")
+            object.__setattr__(self, name, value)
+        for name in ("host", "served_model_name"):
+            text(name, getattr(self, name))
+        for name in ("incremental_streaming_output", "tell_experts", "fragile"):
+            flag(name, getattr(self, name))
+        one_of("dialect", self.dialect, get_args(DialectName))
         modes = LOGPROBS_MODES[self.dialect]
-        self._check(self.logprobs_mode in (None, *modes),
-                    f"logprobs_mode of {self.dialect} must be one of {modes}")  # fmt: skip
+        if self.logprobs_mode is not None:
+            one_of(f"logprobs_mode of {self.dialect}", self.logprobs_mode, modes)
 
     @property
     def reported_logprobs(self) -> LogprobsMode:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from .http import NOT_JSON
 from .sampling import SamplingParams
 from .sglang_error import SglangError, malformed
 
@@ -123,7 +124,7 @@ def decode(raw: bytes, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(raw or b"{}", type=kind, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except NOT_JSON as exc:
         raise malformed(f"1 validation error: {exc}") from exc
 
 

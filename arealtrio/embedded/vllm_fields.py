@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from .http import NOT_JSON
 from .vllm_error import validation_error
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ def decode_body(raw: bytes) -> dict[str, Any]:
         return {}
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except NOT_JSON as exc:
         message = "JSON decode error"
         raise validation_error("body", "json_invalid", message, {}, error=str(exc)) from exc
     if not isinstance(body, dict):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from statistics import NormalDist
 from typing import Protocol, Self
 
+from ..checks import finite, integer, items
 from ..errors import ConfigError
 
 
@@ -34,9 +35,7 @@ class FixedLengths:
     """
 
     def __init__(self, tokens: int) -> None:
-        if tokens < 1:
-            raise ConfigError(f"an answer has at least 1 token, not {tokens}")
-        self._tokens = tokens
+        self._tokens = integer("the length of an answer", tokens, 1)
 
     def draw(self, _: random.Random) -> int:
         """See ``Lengths``."""
@@ -56,7 +55,9 @@ class LogNormalLengths:
     """
 
     def __init__(self, median: float, sigma: float, longest: int) -> None:
-        if not (1 <= median <= longest and 0 <= sigma < math.inf):
+        median, sigma = finite("median", median), finite("sigma", sigma)
+        longest = integer("longest", longest, 1)
+        if not (1 <= median <= longest and sigma >= 0):
             raise ConfigError(
                 "lengths need 1 <= median <= longest and a finite sigma of at least 0"
             )
@@ -66,7 +67,13 @@ class LogNormalLengths:
 
     @classmethod
     def with_tail(cls, median: float, p99: float, longest: int) -> Self:
-        """The distribution with this median and 99th percentile, in tokens."""
+        """The distribution with this median and 99th percentile, in tokens.
+
+        Raises:
+            ConfigError: If a value is out of its range, or the percentile below the median.
+        """
+        if not 0 < finite("median", median) <= finite("p99", p99):
+            raise ConfigError("the 99th percentile of lengths is at least their median, above 0")
         return cls(median, math.log(p99 / median) / NormalDist().inv_cdf(0.99), longest)
 
     def draw(self, rng: random.Random) -> int:
@@ -85,8 +92,9 @@ class RecordedLengths:
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:
-        recorded = tuple(tokens)
-        if not recorded or min(recorded) < 1:
+        lengths = items("recorded lengths", tokens, "numbers of tokens")
+        recorded = [integer("each of the recorded lengths", length, 1) for length in lengths]
+        if not recorded:
             raise ConfigError("recorded lengths are one or more numbers of at least 1")
         self._tokens = itertools.cycle(recorded)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from ..checks import finite, integer
 from ..embedded.engine import Generation
 from ..embedded.settings import ServerSettings
 from ..embedded.vllm_app import vllm_app
@@ -19,7 +19,7 @@ from ..embedded.vllm_fields import decode_body
 from ..embedded.vllm_generate import COMPLETION, TOKENS, Kind, begin, json_response
 from ..embedded.vllm_response import Json
 from ..errors import ConfigError, ConnectFailed, TransportError, TransportTimeout
-from ..types import HttpRequest, HttpResponse, TimeLimits
+from ..types import INT32_MAX, HttpRequest, HttpResponse, TimeLimits
 from .asgi import ask
 from .clockwork import Pace, TimedEngine, TimedScheduler
 from .faults import Faults
@@ -58,13 +58,16 @@ class SimulatedServerSettings:
     max_model_len: int = 100_000
 
     def __post_init__(self) -> None:
-        if self.max_num_seqs < 1 or self.max_model_len < 2:
-            raise ConfigError("max_num_seqs must be at least 1 and max_model_len at least 2")
+        for name, least in (("max_num_seqs", 1), ("max_model_len", 2)):
+            value = integer(name, getattr(self, name), least, INT32_MAX)
+            object.__setattr__(self, name, value)
+        for name in ("token_time_s", "speed", "batch_growth", "load_time_s", "latency_s"):
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
         for name in ("token_time_s", "speed"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be finite and above 0")
         for name in ("batch_growth", "load_time_s", "latency_s"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be finite and not negative")
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import trio
 
+from ..checks import finite, integer
 from ..errors import ConfigError, RolloutClosed, TransportError, TransportTimeout, UsageError
 from ..types import HttpRequest, HttpResponse, TimeLimits
 from .connection import RECEIVE_SIZE_BYTES, Connection, connect
@@ -51,12 +52,11 @@ class HttpTransport:
         keep_alive_s: float = 4.0,
         idle_per_origin: int = 1024,
     ) -> None:
-        if not keep_alive_s >= 0:
+        kept_s = finite("keep_alive_s", keep_alive_s)
+        if kept_s < 0:
             raise ConfigError("keep_alive_s must not be negative")
-        if idle_per_origin < 0:
-            raise ConfigError("idle_per_origin must not be negative")
         self._ssl_context = ssl_context
-        self._pool: Final = Pool(keep_alive_s, idle_per_origin)
+        self._pool: Final = Pool(kept_s, integer("idle_per_origin", idle_per_origin, 0))
         self._buffer: Final = memoryview(bytearray(RECEIVE_SIZE_BYTES))
         self._origins: dict[str, Origin] = {}  # base_url -> its parsed form
         self._connecting: set[trio.CancelScope] = set()

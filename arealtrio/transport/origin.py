@@ -73,8 +73,15 @@ class Origin:
         lines = [line for line in lines if line[0] not in named] + given
         if named & {"content-length", "transfer-encoding"}:
             raise InvalidRequest("the body's framing is the transport's business, not a header's")
-        encoded = [(name.encode("latin-1"), _value(name, value)) for name, value in lines]
+        encoded = [(_name(name), _value(name, value)) for name, value in lines]
         return request_head(request.method, self._prefix + request.path, encoded)
+
+
+def _name(name: str) -> bytes:
+    try:
+        return name.encode("latin-1")
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest("the name of a header is not latin-1 text") from exc
 
 
 def _value(name: str, value: str) -> bytes:
@@ -110,8 +117,8 @@ def _split(base_url: str) -> SplitResult:
     try:
         parts = urlsplit(base_url)
         port = parts.port
-    except ValueError as exc:
-        raise ConfigError(f"{base_url!r} is not a server's address: {exc}") from exc
+    except ValueError:  # not repeated, nor chained: it may hold a secret
+        raise ConfigError("that is not a server's address: write http://host:port") from None
     if parts.username is not None or parts.password is not None:
         # Not repeated in the message: it holds a secret.
         raise ConfigError("a server's address holds no user name; send an authorization header")

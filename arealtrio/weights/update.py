@@ -8,9 +8,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, TypeAlias
 
+from ..checks import flag, integer, items, one_of, shown, text
 from ..errors import UsageError
-from ..types import PauseMode
+from ..types import INT32_MAX, PauseMode
 from ..wire.weights import GroupPlace, TensorSpec, dtype_name
+
+KINDS: Final = ("disk", "distributed", "lora", "label")
+PAUSE_MODES: Final = ("keep", "abort", "wait", "retract", "in_place")  # each dialect knows some
+_RANKS_MAX: Final = 2**20
 
 Chunk: TypeAlias = tuple[TensorSpec, ...]
 Send: TypeAlias = Callable[[Chunk], Awaitable[object]]
@@ -42,6 +47,9 @@ class WeightsGroup:
         options: Further fields of the servers' requests, on which both sides must agree, such as
             ``packed`` of vLLM.
         members: The servers in it, by rank. ``init_weights_group`` fills it in.
+
+    Raises:
+        UsageError: A value is of another type or out of its range.
     """
 
     master_address: str
@@ -56,13 +64,26 @@ class WeightsGroup:
     members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "pp_size", "dp_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} of a weights group must be at least 1")
-        if not 0 < self.master_port < 65536:
-            raise UsageError(f"{self.master_port} is no port to meet at")
-        if self.pp_rank is not None and not 0 <= self.pp_rank < self.pp_size:
-            raise UsageError(f"pp_rank must be in 0 … {self.pp_size - 1}, not {self.pp_rank}")
+        for name, most in (
+            ("tp_size", _RANKS_MAX),
+            ("pp_size", _RANKS_MAX),
+            ("dp_size", _RANKS_MAX),
+            ("master_port", 65535),
+        ):
+            value = integer(
+                f"{name} of a weights group", getattr(self, name), 1, most, error=UsageError
+            )
+            object.__setattr__(self, name, value)
+        if self.pp_rank is not None:
+            value = integer("pp_rank", self.pp_rank, 0, self.pp_size - 1, error=UsageError)
+            object.__setattr__(self, "pp_rank", value)
+        for name in ("master_address", "name", "backend"):
+            text(f"{name} of a weights group", getattr(self, name), error=UsageError)
+        if not isinstance(self.options, Mapping):
+            raise UsageError(f"options must be a mapping, not {shown(self.options)}")
+        members = items("members", self.members, "addresses", error=UsageError)
+        checked = tuple(text("each of members", member, error=UsageError) for member in members)
+        object.__setattr__(self, "members", checked)
 
     @property
     def ranks_per_server(self) -> int:
@@ -106,6 +127,9 @@ class WeightUpdate:
         group: For ``distributed``: who receives.
         chunks: For ``distributed``: what is sent, in the order it is sent.
         send: For ``distributed``: sends a chunk.
+
+    Raises:
+        UsageError: A value is of another type or out of its range.
     """
 
     kind: Literal["disk", "distributed", "lora", "label"]
@@ -117,6 +141,21 @@ class WeightUpdate:
     group: WeightsGroup | None = None
     chunks: tuple[Chunk, ...] = ()
     send: Send | None = None
+
+    def __post_init__(self) -> None:
+        one_of("kind", self.kind, KINDS, error=UsageError)
+        object.__setattr__(self, "version", _version(self.version))
+        for name in ("path", "name"):
+            text(f"the {name} of a weight update", getattr(self, name), error=UsageError)
+        one_of("pause", self.pause, PAUSE_MODES, error=UsageError)
+        flag("rolling", self.rolling, error=UsageError)
+        if self.group is not None and not isinstance(self.group, WeightsGroup):
+            raise UsageError(f"group must be a WeightsGroup, not {shown(self.group)}")
+        object.__setattr__(
+            self, "chunks", items("chunks", self.chunks, "TensorSpec", error=UsageError)
+        )
+        if self.send is not None and not callable(self.send):
+            raise UsageError(f"send must be a function, not {shown(self.send)}")
 
     @classmethod
     def from_disk(
@@ -138,12 +177,13 @@ class WeightUpdate:
         Raises:
             UsageError: For a negative version or an empty path.
         """
-        if not os.fspath(path):
+        where = _path(path)
+        if not where:
             raise UsageError("a weight update from disk needs a path")
         return cls(
             kind="disk",
-            path=os.fspath(path),
-            version=_version(version),
+            path=where,
+            version=version,
             pause=pause,
             rolling=rolling,
         )
@@ -184,17 +224,21 @@ class WeightUpdate:
             pause: How requests in flight are held; see the class.
 
         Raises:
-            UsageError: For a negative version, no tensors, a type of unknown size, or a group that
-                nobody joined.
+            UsageError: For a negative version, no tensors, a type of unknown size, a ``send`` that
+                can not be called, or a group that nobody joined.
         """
-        if not group.members:
+        if not isinstance(group, WeightsGroup) or not group.members:
             raise UsageError("nobody is in that group; use what init_weights_group returns")
-        chunks = tuple(_chunked(tensors, chunk_size_bytes))
+        if not callable(send):
+            raise UsageError("send must be a function that sends a chunk")
+        size = integer("chunk_size_bytes", chunk_size_bytes, 1, error=UsageError)
+        specs = items("tensors", tensors, "TensorSpec", error=UsageError)
+        chunks = tuple(_chunked(specs, size))
         if not chunks:
             raise UsageError("a distributed weight update needs tensors")
         return cls(
             kind="distributed",
-            version=_version(version),
+            version=version,
             group=group,
             chunks=chunks,
             send=send,  # type: ignore[arg-type]  # the controller makes an ordinary one async
@@ -218,9 +262,10 @@ class WeightUpdate:
         Raises:
             UsageError: For a negative version, an empty name or path.
         """
-        if not name or not os.fspath(path):
+        where = _path(path)
+        if not text("the name of an adapter", name, error=UsageError) or not where:
             raise UsageError("an adapter needs a name and a path")
-        return cls(kind="lora", name=name, path=os.fspath(path), version=_version(version))
+        return cls(kind="lora", name=name, path=where, version=version)
 
     @classmethod
     def label(cls, version: int) -> Self:
@@ -236,20 +281,28 @@ class WeightUpdate:
         Raises:
             UsageError: For a negative version.
         """
-        return cls(kind="label", version=_version(version))
+        return cls(kind="label", version=version)
 
 
-def _version(version: int) -> int:
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise UsageError(f"a weight version is an integer of at least 0, not {version!r}")
-    return version
+def _version(version: object) -> int:
+    """A version is an int32 beside every token, and text on every server."""
+    return integer("a weight version", version, 0, INT32_MAX, error=UsageError)
 
 
-def _chunked(tensors: Iterable[TensorSpec], size_bytes_max: int) -> Iterator[Chunk]:
+def _path(path: object) -> str:
+    """A path goes to the servers in JSON, so one whose bytes are no UTF-8 can not be named."""
+    return text(
+        "a path", os.fspath(path) if isinstance(path, os.PathLike) else path, error=UsageError
+    )
+
+
+def _chunked(tensors: Iterable[object], size_bytes_max: int) -> Iterator[Chunk]:
     """Take tensors together, in their order, up to a size."""
     chunk: list[TensorSpec] = []
     room = size_bytes_max
     for tensor in tensors:
+        if not isinstance(tensor, TensorSpec):
+            raise UsageError(f"tensors are described by TensorSpec, not by {shown(tensor)}")
         size_bytes = _size_bytes(tensor)
         if chunk and size_bytes > room:
             yield tuple(chunk)
@@ -261,10 +314,15 @@ def _chunked(tensors: Iterable[TensorSpec], size_bytes_max: int) -> Iterator[Chu
 
 
 def _size_bytes(tensor: TensorSpec) -> int:
-    size_bytes = DTYPE_SIZE_BYTES.get(dtype_name(tensor.dtype))
-    if size_bytes is None or any(size < 0 for size in tensor.shape):
-        raise UsageError(f"{tensor.name} is of {tensor.dtype}{list(tensor.shape)}, of unknown size")
-    return size_bytes * math.prod(tensor.shape)
+    name = text("a tensor's name", tensor.name, error=UsageError)
+    dtype = text(f"the type of tensor {shown(name)}", tensor.dtype, error=UsageError)
+    sizes = items(f"the shape of tensor {shown(name)}", tensor.shape, "sizes", error=UsageError)
+    words = f"{shown(name)} is of {shown(dtype)}, of unknown size: a size"
+    shape = [integer(words, size, 0, INT32_MAX, error=UsageError) for size in sizes]
+    size_bytes = DTYPE_SIZE_BYTES.get(dtype_name(dtype))
+    if size_bytes is None:
+        raise UsageError(f"{shown(name)} is of {shown(dtype)}, of unknown size")
+    return size_bytes * math.prod(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

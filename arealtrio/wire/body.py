@@ -6,16 +6,24 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..errors import ProtocolError
+from ..errors import InvalidRequest, ProtocolError
 from ..types import HttpRequest, HttpResponse
-from .status import check_status, kind_of_body
+from .status import NOT_JSON, check_status, kind_of_body
 
 T = TypeVar("T")
 
 
 def post(path: str, body: Any = None, headers: tuple[tuple[str, str], ...] = ()) -> HttpRequest:
-    """A POST of ``body`` as JSON; None sends no body."""
-    return HttpRequest("POST", path, b"" if body is None else msgspec.json.encode(body), headers)
+    """A POST of ``body`` as JSON; None sends no body.
+
+    Raises:
+        InvalidRequest: If JSON can not hold it: a type that it lacks, text that is no UTF-8.
+    """
+    try:
+        encoded = b"" if body is None else msgspec.json.encode(body)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise InvalidRequest(f"a request of {path} can not be written as JSON") from exc
+    return HttpRequest("POST", path, encoded, headers)
 
 
 def get(path: str) -> HttpRequest:
@@ -52,5 +60,5 @@ def decode(body: bytes, shape: type[T], response: HttpResponse, what: str) -> T:
         return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as exc:  # names a type and a path, never a value
         raise ProtocolError(f"expected {what}: {exc}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except NOT_JSON as exc:
         raise ProtocolError(f"expected {what} as JSON, got {kind_of_body(response)}") from exc

@@ -15,6 +15,8 @@ from ..errors import ProtocolError
 from ..types import HttpResponse
 from .status import check_status, kind_of_body
 
+_LARGEST = 1e300  # so that a page's samples can be added up
+
 
 @lru_cache(maxsize=16)
 def _samples(names: tuple[str, ...]) -> re.Pattern[bytes]:
@@ -60,7 +62,8 @@ def read_samples(
 def _number(text: bytes, name: str, server: str) -> float:
     try:
         value = float(text)
-        int(value)
-    except (ValueError, OverflowError) as exc:
+    except ValueError as exc:
         raise ProtocolError(f"expected a number as metric {name} from {server}") from exc
+    if not abs(value) <= _LARGEST:
+        raise ProtocolError(f"expected a finite number as metric {name} from {server}")
     return value

@@ -27,7 +27,7 @@ from .dialect import (
 from .experts import read_int32
 from .segment import check_segment, images_of, top_k_of
 from .sglang_weights import SglangWeights
-from .status import check_status, raise_refusal
+from .status import NOT_JSON, check_status, raise_refusal
 from .stream import (
     End,
     Failure,
@@ -340,7 +340,7 @@ def _is_loaded_already(response: HttpResponse) -> bool:
         return False
     try:
         refusal = msgspec.json.decode(response.body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return False
     return ALREADY_LOADED.decode() in refusal.error_message
 

@@ -16,6 +16,11 @@ from ..errors import ProtocolError, RequestRejected, ServerError
 from ..types import HttpResponse
 
 REASON_SIZE = 200  # characters
+REASON_DEPTH = 8  # a reason lies no deeper in what a server wraps it in
+
+# What msgspec raises of bytes that are no JSON, or nest too deep to be read; of a ValidationError
+# more can be said, so that is caught before.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 # pydantic, which checks the requests of both servers, ends each line with what it was given.
 _ECHOED_INPUT = re.compile(r", 'input':.*")
@@ -55,7 +60,7 @@ def reason_of(response: HttpResponse) -> str:
     """The server's reason on one line of at most ``REASON_SIZE`` characters."""
     try:
         reason = _find_reason(msgspec.json.decode(response.body))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         reason = _plain_text(response)
     return _shorten(reason) or "no reason given"
 
@@ -68,15 +73,17 @@ def kind_of_body(response: HttpResponse) -> str:
     return f"{len(response.body)} bytes of {content_type or 'an unnamed type'}"
 
 
-def _find_reason(body: Any) -> str:
+def _find_reason(body: Any, depth: int = 0) -> str:
     """Look where the two servers, and FastAPI under them, put their reason."""
+    if depth > REASON_DEPTH:
+        return ""
     if isinstance(body, str):
         return body
     if isinstance(body, list):  # FastAPI's own validation errors
         return "; ".join(_validation_error(item) for item in body)
     if isinstance(body, dict):
         for key in ("error", "message", "detail", "error_message"):
-            if found := _find_reason(body.get(key)):
+            if found := _find_reason(body.get(key), depth + 1):
                 return found
     return ""
 
@@ -85,8 +92,13 @@ def _validation_error(item: Any) -> str:
     if not isinstance(item, dict):
         return ""
     location = item.get("loc")
-    where = ".".join(map(str, location)) if isinstance(location, list) else ""
-    return f"{where}: {item.get('msg', '')}"
+    where = ".".join(map(_word, location)) if isinstance(location, list) else ""
+    return f"{where}: {_word(item.get('msg', ''))}"
+
+
+def _word(value: Any) -> str:
+    """Of text and numbers alone: all else may be as deep as it likes."""
+    return str(value) if isinstance(value, (str, int, float)) else ""
 
 
 def _plain_text(response: HttpResponse) -> str:

@@ -18,7 +18,7 @@ from ..errors import ProtocolError
 from ..types import INT32_MAX, HttpResponse, StopReason
 from .dialect import SegmentResponse
 from .events import EventReader
-from .status import check_status
+from .status import NOT_JSON, check_status
 from .versions import Span, read_spans
 
 LAST_EVENT: Final = b"[DONE]"
@@ -150,7 +150,7 @@ def decode_event(decoder: msgspec.json.Decoder[T], event: bytes, server: str) ->
         return decoder.decode(event)
     except msgspec.ValidationError as exc:  # names a type and a path, never a value
         raise ProtocolError(f"expected an event from {server}: {exc}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except NOT_JSON as exc:
         raise ProtocolError(
             f"expected an event from {server} as JSON, got {len(event)} bytes that are none"
         ) from exc

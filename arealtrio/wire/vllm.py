@@ -316,7 +316,9 @@ class VllmDialect(VllmWeights):
             raise_refusal(response, SERVER, "the body says success: false")
         for result in answer.results:
             if isinstance(result, dict) and "error" in result:
-                raise_refusal(response, SERVER, str(result["error"]))
+                error = result["error"]
+                words = error if isinstance(error, str) else "a worker says so without words"
+                raise_refusal(response, SERVER, words)
 
     def health(self) -> HttpRequest:
         """Ask whether the engine is alive; answered also while paused."""

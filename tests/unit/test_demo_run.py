@@ -68,5 +68,5 @@ def test_a_server_that_dies_ends_the_demo_with_its_name(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["steps", "servers", "batch_size", "group_size"])
 def test_options_without_sense_are_refused(name: str) -> None:
     wrong: dict[str, Any] = {name: 0}
-    with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+    with pytest.raises(ConfigError, match=f"{name} must be an integer of at least 1"):
         DemoOptions(**wrong)

@@ -52,6 +52,7 @@ FOUNDATION = (
     ("bridge", "lifetime", "stall", "waiting", "watch"),
     ("config",),
     ("types",),
+    ("checks",),
     ("_core", "errors"),
 )
 # Servers to be tested against; they stand beside the house, and only the demo looks in.
