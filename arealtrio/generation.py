@@ -113,13 +113,15 @@ class Generation:
         tokens = self.request.input_ids
         if self.count:
             tokens = np.concatenate([tokens, *self.tokens])
+        most = min(self.budget - self.count, self._segment_limit(config))
+        least = min(gconfig.min_new_tokens, self.budget) - self.count
         return SegmentRequest(
             # Of one width, because SGLang aborts every request whose id begins so: "q-0" of one
             # caller would end "q-0-0" of another.
             request_id=f"{self.rid}-{number:04d}",
             token_ids=tokens,
-            max_new_tokens=min(self.budget - self.count, self._segment_limit(config)),
-            min_new_tokens=max(0, min(gconfig.min_new_tokens, self.budget) - self.count),
+            max_new_tokens=most,
+            min_new_tokens=min(max(0, least), most),  # the rest is for the segments that follow
             gconfig=gconfig,
             model=adapter or gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),

@@ -1,4 +1,4 @@
-"""One generation's state: the names of its segments."""
+"""One generation's state: the names of its segments, and what each asks for."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ async def test_no_id_begins_with_another_because_sglang_would_abort_both(other: 
     ids = [*await ids_of("q", 12), *(await ids_of(other, 12) if other != "q" else [])]
     assert len(set(ids)) == len(ids)
     assert not [(a, b) for a in ids for b in ids if a != b and b.startswith(a)]
+
+
+@pytest.mark.parametrize(("segment_tokens", "least"), [(4, 4), (20, 20), (30, 25), (None, 25)])
+async def test_no_segment_asks_for_more_tokens_at_least_than_at_most(
+    segment_tokens: int | None, least: int
+) -> None:
+    """The rest of min_new_tokens is for the segments that follow."""
+    pool = pool_of({A: 1})
+    config = RolloutConfig(servers=[A], segment_tokens=segment_tokens)
+    gconfig = GenerationHyperparameters(max_new_tokens=64, min_new_tokens=25)
+    generation = Generation(ModelRequest([1], gconfig), "q", 64, Origin(None, 0), None)
+    with await pool.lease() as lease:
+        segment = generation.next_segment(config, lease)
+    assert (segment.min_new_tokens, segment.max_new_tokens) == (least, segment_tokens or 64)
