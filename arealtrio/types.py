@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -343,8 +344,8 @@ class Trajectory:
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
         row = object.__new__(Trajectory)  # not replace(): that would check the arrays once more
-        for name in _TRAJECTORY_FIELDS:
-            object.__setattr__(row, name, getattr(self, name))
+        for fill, value in zip(_FILL_SLOTS, _slots_of(self), strict=True):
+            fill(row, value)
         object.__setattr__(row, "prompt_id", prompt_id)
         object.__setattr__(row, "member_index", member_index)
         return row
@@ -390,7 +391,8 @@ def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[An
     return cast
 
 
-_TRAJECTORY_FIELDS = tuple(f.name for f in fields(Trajectory))
+_slots_of = attrgetter(*(f.name for f in fields(Trajectory)))
+_FILL_SLOTS = tuple(getattr(Trajectory, f.name).__set__ for f in fields(Trajectory))
 
 
 class Outcome(enum.Enum):
