@@ -1,9 +1,10 @@
-"""Ragged rows to one rectangle [B, T], or end to end with their offsets.
+"""Ragged rows to one rectangle [B, T], or end to end with their offsets; the span of their versions.
 
-Both functions take all columns of a batch at once, look at everything, and only then write: where
-they raise, no output has changed. The copy is one pass per column in C, without the GIL: a row is
-one ``memcpy``, its padding one fill. Nothing is allocated for the data, because the first touch of
-fresh pages costs more than the copy: outputs are the caller's, to be used again for the next batch.
+``pad`` and ``pack`` take all columns of a batch at once, look at everything, and only then write:
+where they raise, no output has changed. The copy is one pass per column in C, without the GIL: a
+row is one ``memcpy``, its padding one fill. Nothing is allocated for the data, because the first
+touch of fresh pages costs more than the copy: outputs are the caller's, to be used again for the
+next batch.
 
 The buffer protocol is the whole interface to arrays, so this island needs no numpy to compile.
 """
@@ -18,7 +19,7 @@ from cpython.buffer cimport (
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.number cimport PyNumber_Index
-from libc.stdint cimport INT32_MAX, int32_t
+from libc.stdint cimport INT32_MAX, UINT32_MAX, int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
 cdef enum:
@@ -278,3 +279,45 @@ def pack(columns, outs, cu_seqlens):
         for c in range(n_columns):
             _pack(&rows.at[c * height], height, &targets.at[c])
         _offsets(rows.at, height, <int32_t*> targets.at[n_columns].buf)
+
+
+cdef void _widen(Py_buffer* view, uint32_t* least, int32_t* most) noexcept nogil:
+    """Widen a span by a vector. Without a sign, what is negative is the largest, never the least."""
+    cdef const int32_t* at = <const int32_t*> view.buf
+    cdef uint32_t low = least[0]
+    cdef int32_t high = most[0]
+    cdef Py_ssize_t i
+    for i in range(view.len // WORD):
+        low = min(low, <uint32_t> at[i])
+        high = max(high, at[i])
+    least[0] = low
+    most[0] = high
+
+
+def span(rows):
+    """Return the smallest and the largest value from 0 on of some vectors.
+
+    Args:
+        rows: int32 vectors, C-contiguous: versions, of which -1 is no model's.
+
+    Returns:
+        The two; None where no value is 0 or more.
+
+    Raises:
+        TypeError: If one of them is no C-contiguous int32 vector.
+    """
+    cdef uint32_t least = UINT32_MAX
+    cdef int32_t most = -1
+    cdef Py_buffer view
+    for row in rows:
+        try:
+            PyObject_GetBuffer(row, &view, READ)
+        except (TypeError, ValueError, BufferError) as exc:
+            raise TypeError(f"a row is not a C-contiguous array: {exc}") from exc
+        try:
+            if view.ndim != 1 or _kind(&view) != b"i":
+                raise TypeError("a row is not a vector of int32")
+            _widen(&view, &least, &most)
+        finally:
+            PyBuffer_Release(&view)
+    return None if most < 0 else (least, most)

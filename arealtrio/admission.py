@@ -102,7 +102,7 @@ class Admission:
 
     def next_member(self) -> tuple[GroupTask, int] | None:
         """Take a slot for the next member that may start: its group and its index in it."""
-        if not self._starting and not self._admit():
+        if not self._starting and not ((self._queue or self._eval_queue) and self._admit()):
             return None
         group = self._starting[0]
         if self.running_members >= (self._eval_slots if group.is_eval else self._slots):

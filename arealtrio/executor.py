@@ -22,7 +22,7 @@ from .engine import RemoteEngine, open_engine
 from .errors import UsageError
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, GroupTask, WorkflowLike
-from .lateness import expired
+from .lateness import expired, is_older
 from .loader import Prompt
 from .results import ResultPool
 from .server_face import ServerFace
@@ -210,18 +210,21 @@ class WorkflowExecutor(ServerFace):
 
     def _took(self, results: list[RolloutResult], *, is_eval: bool) -> list[RolloutResult]:
         """Results leave for their consumer; what became too old since it settled has expired."""
-        return results if is_eval else [self._in_time(result) for result in results]
+        if is_eval:
+            return results
+        oldest = self._oldest()
+        taken = [self._in_time(result, oldest) for result in results]
+        groups = [result.group for result in taken if result.group is not None]
+        self._consumption.take(groups, oldest)
+        return taken
 
-    def _in_time(self, result: RolloutResult) -> RolloutResult:
+    def _in_time(self, result: RolloutResult, oldest: int) -> RolloutResult:
         group = result.group
-        if group is None:
+        if group is None or not self._is_bounded or not is_older(group, oldest):
             return result
-        if self._is_outdated(group):
-            self._admission.discard_accepted()
-            self._pump()  # its budget may let another start
-            return expired(group, self.get_version())
-        self._consumption.take([group], self._oldest())
-        return result
+        self._admission.discard_accepted()
+        self._pump()  # its budget may let another start
+        return expired(group, self.get_version())
 
     def is_eval(self, task_id: str) -> bool:
         """Whether a task that is queued, running or not yet taken is of evaluation."""
@@ -525,7 +528,8 @@ async def open_executor(
             async with trio.open_nursery() as nursery:
                 executor = WorkflowExecutor(config, engine, nursery, staleness_manager)
                 try:
-                    with watch_slow_steps(nursery, config.slow_step_warning_s):
+                    with watch_slow_steps(nursery, config.slow_step_warning_s) as between_steps:
+                        executor._between_steps = between_steps
                         yield executor
                 except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
                     left_with = exc

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -86,22 +85,19 @@ class GroupTask:
     replaced: int = 0  # members run again
     retried: int = 0  # times that the whole group was run again, with its permit
     requeued: int = 0  # times that it went back into the queue, without
-    to_start: deque[int] = field(init=False)  # indices of members
+    prompt_id: str = field(init=False)  # as the data loader named it, else the task's id
+    to_start: tuple[int, ...] = field(init=False)  # indices of members
     running: dict[int, trio.CancelScope] = field(default_factory=dict)
     engines: dict[int, RolloutEngine] = field(default_factory=dict)  # of those that run
     rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
-    member_failures: list[Failure] = field(default_factory=list)
+    member_failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        self.to_start = deque(range(self.size))
+        self.prompt_id = str(self.data.get("prompt_id", self.task_id))
+        self.to_start = tuple(range(self.size))
 
     def __str__(self) -> str:
         return f"{self.task_id} (prompt {self.prompt_id})"
-
-    @property
-    def prompt_id(self) -> str:
-        """As the data loader named it, else the task's id."""
-        return str(self.data.get("prompt_id", self.task_id))
 
     @property
     def admitted(self) -> bool:
@@ -115,7 +111,8 @@ class GroupTask:
 
     def start_member(self, timeout_s: float) -> int:
         """Count a member as started, set its deadline, and return its index."""
-        index = self.to_start.popleft()
+        index = self.to_start[0]
+        self.to_start = self.to_start[1:]
         self.running[index] = trio.CancelScope(deadline=trio.current_time() + timeout_s)
         return index
 
@@ -137,11 +134,11 @@ class GroupTask:
         if verdict.outcome is Outcome.ACCEPTED or self.stopped:
             return
         if verdict.failure is not None:
-            self.member_failures.append(verdict.failure)
+            self.member_failures += (verdict.failure,)
         after = self.policy.after(verdict.outcome, self.size, self.lost, self.replaced)
         if after is AfterMember.REPLACE:
             self.replaced += 1
-            self.to_start.append(index)
+            self.to_start += (index,)
         elif after is AfterMember.GO_ON:
             self.lost += 1
         else:
@@ -155,7 +152,7 @@ class GroupTask:
         if self.verdict.outcome is Outcome.ACCEPTED or verdict.outcome is Outcome.CANCELLED:
             self.verdict = verdict
         self.stopped = True
-        self.to_start.clear()
+        self.to_start = ()
         for scope in self.running.values():
             scope.cancel()
 
@@ -164,7 +161,7 @@ class GroupTask:
         self.verdict, self.stopped = ACCEPTED, False
         self.lost = self.replaced = 0
         self.rows.clear()
-        self.to_start.extend(range(self.size))
+        self.to_start = tuple(range(self.size))
 
     def accepted(self) -> Group:
         """The group as the trainer gets it; a member that was lost has no rows."""

@@ -47,4 +47,5 @@ def is_bounded(config: RolloutConfig) -> bool:
 
 def is_older(group: Group, version: int) -> bool:
     """Whether a group holds a token older than ``version``."""
-    return group.head_version is not None and group.head_version < version
+    oldest = group.head_version
+    return oldest is not None and oldest < version

@@ -21,7 +21,7 @@ class RolloutEngine:
         started: When the rollout did, on trio's clock.
 
     Attributes:
-        progress: Of its generations, for ``status``.
+        progress: Of its generations, for ``status``; None before the first.
     """
 
     __slots__ = ("_engine", "_min_version", "_prompt_id", "_session", "progress", "started")
@@ -39,10 +39,12 @@ class RolloutEngine:
         self._prompt_id = prompt_id
         self._session = session
         self.started = started
-        self.progress = Progress()
+        self.progress: Progress | None = None
 
     def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:
         """See ``RemoteEngine.agenerate``: this is its coroutine, with no frame around it."""
+        if self.progress is None:
+            self.progress = Progress()
         return self._engine.agenerate(
             request,
             min_version=self._min_version,

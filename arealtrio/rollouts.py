@@ -77,6 +77,8 @@ class RolloutNursery:
         self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
         nursery.start_soon(self._alarm.run, name="stall alarm")
         self._is_bounded = is_bounded(config)
+        # Called as a rollout's first step begins and its last ends; see ``watch``.
+        self._between_steps: Callable[[], None] = _nobody_watches
 
     @property
     def counts(self) -> RolloutCounts:
@@ -141,6 +143,7 @@ class RolloutNursery:
 
     async def _run_member(self, group: GroupTask, index: int) -> None:
         """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
+        self._between_steps()
         verdict = CANCELLED
         scope = group.running[index]
         try:
@@ -161,6 +164,7 @@ class RolloutNursery:
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         finally:
             self._member_ended(group, index, verdict)
+            self._between_steps()
 
     def _expired(self, index: int) -> Verdict:
         limit = self.config.rollout_timeout_s
@@ -201,7 +205,7 @@ class RolloutNursery:
             outcome=verdict.outcome,
             group=accepted,
             failure=verdict.failure,
-            member_failures=tuple(group.member_failures),
+            member_failures=group.member_failures,
             number=group.number,
         )
         group.deliver(group, result)
@@ -329,6 +333,10 @@ class RolloutNursery:
             counts.check()
             assert counts.queued == 0, counts
             assert counts.running == 0, counts
+
+
+def _nobody_watches() -> None:
+    pass
 
 
 def _closed_error() -> RolloutClosed:

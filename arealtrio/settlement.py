@@ -145,7 +145,9 @@ class RolloutCounts:
 
     def _check(self) -> None:
         queued, running = self.queued, self.running
-        assert queued >= 0 <= running and self.submitted == queued + running + self._settled, self
+        assert queued >= 0, self
+        assert running >= 0, self
+        assert self.submitted == queued + running + self._settled, self
 
     def __repr__(self) -> str:
         return f"<RolloutCounts {dict(self.as_dict())}>"

@@ -6,7 +6,7 @@ The rows themselves are built in ``rows``, and its names are public here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
@@ -59,12 +59,15 @@ class Group:
     prompt_id: str
     task_id: str
     members: tuple[tuple[Trajectory, ...], ...]
+    _span: tuple[int, int] | None = field(init=False, repr=False)  # of its generated tokens
 
     def __post_init__(self) -> None:
         if not any(self.members):
             raise UsageError(
                 "an accepted group has at least one row; settle it as rejected instead"
             )
+        versions = [row.versions for rows in self.members for row in rows]
+        object.__setattr__(self, "_span", collate.span(versions))
 
     @classmethod
     def of(
@@ -89,8 +92,10 @@ class Group:
             UsageError: If no member has a row.
         """
         stamped = tuple(
-            tuple(row.of_member(prompt_id, index) for row in rows)
-            for index, rows in enumerate(members)
+            [
+                tuple([row.of_member(prompt_id, index) for row in rows])
+                for index, rows in enumerate(members)
+            ]
         )
         return cls(
             number=number,
@@ -114,17 +119,15 @@ class Group:
         """float32[rows]."""
         return np.array([row.reward for row in self.rows], dtype=np.float32)
 
-    @cached_property
+    @property
     def head_version(self) -> int | None:
         """The version of the oldest generated token of all members; None where there is none."""
-        made = [row.head_version for row in self.rows]
-        return min((version for version in made if version is not None), default=None)
+        return None if self._span is None else self._span[0]
 
-    @cached_property
+    @property
     def tail_version(self) -> int | None:
         """The version of the newest generated token of all members; None where there is none."""
-        made = [row.tail_version for row in self.rows]
-        return max((version for version in made if version is not None), default=None)
+        return None if self._span is None else self._span[1]
 
 
 class CollateBuffers:

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,13 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[None]:
+def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[Callable[[], None]]:
     """Warn of rollouts that keep the loop for longer than a limit between two awaits.
 
-    The warning names the rollout and the function, once for each place in the code. Each pass of
-    the loop over all tasks that can run is timed, which costs a microsecond a pass.
-    Only for some seconds after a pass that was too long is each step timed by itself. So what
-    blocks once is not named, and what blocks again is.
+    The warning names the rollout and the function, once for each place in the code. The clock is
+    read at each pass of the loop over all tasks that can run, and where the caller says that a step
+    began or ended. A step that is too long leaves at least as long a time between two readings, so
+    a pass of a thousand short rollouts is none. Only for some seconds after such a time is each
+    step timed by itself. So what blocks once is not named, and what blocks again is.
 
     A step is to blame if it computed for longer than the limit, or waited in a call that does not
     return to the loop. One that was merely kept from running, because other programs had the CPU,
@@ -40,35 +41,47 @@ def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[None]:
     Args:
         nursery: Its children are the rollouts; each task's name is the rollout's.
         limit_s: Of one step. What else waits for as long: the answers of all other servers.
+
+    Yields:
+        What to call at the first thing of a task's first step, and the last of its last.
     """
     passes = _Passes(_Steps(nursery, limit_s), limit_s)
     trio.lowlevel.add_instrument(passes)
     try:
-        yield
+        yield passes.between_steps
     finally:
         passes.stop()
         trio.lowlevel.remove_instrument(passes)
 
 
 class _Passes(trio.abc.Instrument):
-    """Times the passes of the loop, and starts a closer look after a slow one."""
+    """Times what lies between two readings of the clock, and looks closer where it was long."""
 
     def __init__(self, steps: _Steps, limit_s: float) -> None:
         self._steps = steps
         self._limit_s = limit_s
-        self._began = time.perf_counter()
+        self._last = time.perf_counter()  # when the clock was read
+        self._was_long = False  # some time of this pass
         self._looking_until: float | None = None
 
     def after_io_wait(self, timeout: float) -> None:
         del timeout
-        self._began = time.perf_counter()
+        self._last = time.perf_counter()
+        self._was_long = False
+
+    def between_steps(self) -> None:
+        """One task's step ends here, or another's begins."""
+        now = time.perf_counter()
+        if now - self._last > self._limit_s:
+            self._was_long = True
+        self._last = now
 
     def before_io_wait(self, timeout: float) -> None:
         del timeout
-        now = time.perf_counter()
-        if now - self._began > self._limit_s:
-            self._look_closely(now + LOOK_CLOSELY_S)
-        elif self._looking_until is not None and now > self._looking_until:
+        self.between_steps()
+        if self._was_long:
+            self._look_closely(self._last + LOOK_CLOSELY_S)
+        elif self._looking_until is not None and self._last > self._looking_until:
             self.stop()
 
     def _look_closely(self, until: float) -> None:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,3 +15,4 @@ def pack(
     outs: Sequence[npt.NDArray[Any]],
     cu_seqlens: npt.NDArray[np.int32],
 ) -> None: ...
+def span(rows: Iterable[npt.NDArray[np.int32]]) -> tuple[int, int] | None: ...

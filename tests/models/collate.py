@@ -32,3 +32,8 @@ def plain_pack(rows: Sequence[Sequence[Item]]) -> tuple[list[Item], list[int]]:
         packed.extend(row)
         starts.append(len(packed))
     return packed, starts
+
+
+def plain_span(rows: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    made = [value for row in rows for value in row if value >= 0]
+    return (min(made), max(made)) if made else None

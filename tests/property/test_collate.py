@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealtrio._core.collate import pack, pad
+from arealtrio._core.collate import pack, pad, span
 
-from ..models.collate import plain_mask, plain_pack, plain_pad, plain_unpad
+from ..models.collate import plain_mask, plain_pack, plain_pad, plain_span, plain_unpad
 
 Array = npt.NDArray[Any]
 
@@ -259,3 +259,24 @@ def test_threads_may_collate_at_once() -> None:
         thread.join()
     expected = plain_pad([row.tolist() for row in rows], -1, 400)
     assert all(out.tolist() == expected for out in outs)
+
+
+@given(st.lists(st.lists(INTS | st.just(-1), max_size=20), max_size=6))
+def test_span_is_the_model(rows: list[list[int]]) -> None:
+    assert span([np.array(row, dtype=np.int32) for row in rows]) == plain_span(rows)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        np.zeros(4, np.float32),
+        np.zeros(4, np.int64),
+        np.zeros((2, 2), np.int32),
+        np.zeros(8, np.int32)[::2],
+        [1, 2],
+        None,
+    ],
+)
+def test_span_refuses_what_is_no_vector_of_int32(row: Any) -> None:
+    with pytest.raises(TypeError):
+        span([np.zeros(1, np.int32), row])

@@ -102,7 +102,7 @@ async def test_at_least_goes_on_without_members_while_enough_can_still_succeed()
     assert group.all_ended
     assert group.verdict is ACCEPTED
     assert [len(member) for member in group.accepted().members] == [0, 1, 0, 1]
-    assert group.member_failures == [FAILED.failure]
+    assert group.member_failures == (FAILED.failure,)
 
 
 async def test_at_least_ends_the_group_when_too_few_are_left() -> None:
