@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from arealtrio.errors import (
 )
 from arealtrio.group_policy import GroupPolicy
 from arealtrio.settlement import RolloutResult
-from arealtrio.testing import FixedLengths, LogNormalLengths, checkpoint, simulated_executor
+from arealtrio.testing import FixedLengths, checkpoint, simulated_executor
 from arealtrio.trajectory import Batch, Group
 from arealtrio.types import FailureKind, Outcome
 from arealtrio.weights import WeightUpdate
@@ -969,90 +968,3 @@ async def test_weights_change_under_rollouts_in_flight_and_every_token_says_so(
         batch = Batch(groups=tuple(r.group for r in results if r.group), version=1)
         assert batch.mixed_version_trajectories() == 4
         assert all(r.head_version == 0 and r.tail_version == 1 for r in batch.rows)
-
-
-# --- cancelled at every step ---------------------------------------------------------------------
-
-
-class CancelAt(trio.abc.Instrument):
-    """Cancels a scope just before the n-th step of any task since it was armed."""
-
-    def __init__(self, step: int | None) -> None:
-        self.steps = 0
-        self._step = step
-        self.scope: trio.CancelScope | None = None
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.scope is None:
-            return
-        if self.steps == self._step:
-            self.scope.cancel()
-        self.steps += 1
-
-
-@asynccontextmanager
-async def cancelled_at(step: int | None) -> AsyncIterator[CancelAt]:
-    """Cancel the block just before the step; None only counts."""
-    instrument = CancelAt(step)
-    trio.lowlevel.add_instrument(instrument)
-    try:
-        with trio.CancelScope() as scope:
-            instrument.scope = scope
-            yield instrument
-    finally:
-        instrument.scope = None
-        trio.lowlevel.remove_instrument(instrument)
-
-
-async def walk_rollout_batch(step: int | None, group_size: int) -> int:
-    lengths = LogNormalLengths.with_tail(median=5, p99=20, longest=40)
-    async with simulated_executor(
-        servers=2, lengths=lengths, consumer_batch_size=4, max_staleness=4, rollout_timeout_s=60
-    ) as (executor, fleet):
-        async with cancelled_at(step) as instrument:
-            await executor.rollout_batch(prompt_list(3), Generates(), group_size=group_size)
-        await settled()
-        check_counts(executor)
-        assert executor.counts.queued == executor.counts.running == 0
-        assert not executor._live
-        again = await executor.rollout_batch(prompt_list(3), Generates(), group_size=group_size)
-        assert len(again) == 3
-    check_closed(executor, fleet)
-    return instrument.steps
-
-
-async def walk_prepare_batch(step: int | None, group_size: int) -> int:
-    lengths = LogNormalLengths.with_tail(median=5, p99=20, longest=40)
-    async with simulated_executor(
-        servers=2, lengths=lengths, consumer_batch_size=2, max_staleness=1, rollout_timeout_s=60
-    ) as (executor, fleet):
-        loader, seen = prompt_list(6), []
-        async with cancelled_at(step) as instrument:
-            batch = await executor.prepare_batch(loader, Generates(), group_size=group_size)
-            seen += [group.prompt_id for group in batch.groups]
-        check_counts(executor)
-        if seen:
-            await executor.set_version(1)
-        async for batch in executor.batches(loader, Generates(), group_size=group_size):
-            check_counts(executor)
-            seen += [group.prompt_id for group in batch.groups]
-            await executor.set_version(batch.version + 1)
-        assert sorted(seen) == list("012345")  # each once (I7)
-    check_closed(executor, fleet)
-    return instrument.steps
-
-
-@pytest.mark.parametrize("group_size", [1, 3])
-@pytest.mark.parametrize("walk", [walk_rollout_batch, walk_prepare_batch])
-def test_cancelled_at_any_step_nothing_is_lost_or_left(
-    walk: Callable[[int | None, int], Any], group_size: int, seed_trio: Callable[[int], None]
-) -> None:
-    def run(step: int | None) -> int:
-        seed_trio(3)
-        steps: int = trio.run(walk, step, group_size, clock=Clock(autojump_threshold=0))
-        return steps
-
-    steps = run(None)
-    assert steps > 20
-    for step in range(steps):
-        run(step)
