@@ -127,9 +127,9 @@ class WorkflowExecutor(ServerFace):
     def _new_task_id(self, task_id: str | None = None) -> str:
         self._check_open()
         if task_id is None:
-            while self._in_use(name := f"rollout-{next(self._ids)}"):
+            while self._in_use(task_id := f"rollout-{next(self._ids)}"):
                 pass
-            return name
+            return task_id
         if self._in_use(task_id):
             raise UsageError(f"task id {task_id!r} is in use; nothing was submitted")
         return task_id
@@ -385,6 +385,16 @@ class WorkflowExecutor(ServerFace):
         if self._assembly.discard_outdated(version):
             self._pump()  # its budget may let another start
 
+    def _expire_results(self, version: int) -> None:
+        """Let no result that nobody takes keep its budget: it is too old for whoever comes."""
+        if not self._is_bounded:
+            return
+        gone = self._results.expire_older(self._oldest(), version)
+        for _ in range(gone):
+            self._admission.discard_accepted()
+        if gone:
+            self._pump()
+
     def _requeue_accepted(self, group: GroupTask) -> bool:
         """Queue a group again that was accepted and became too old, where the policy says so."""
         may = self._may_requeue(group)
@@ -457,6 +467,7 @@ class WorkflowExecutor(ServerFace):
             self._recovered(result.version)
             return result
         self._consumption.charge_for(result.version)  # before what is discarded lets others start
+        self._expire_results(result.version)
         self._discard_outdated(result.version)
         self._stop_stragglers()
         self._changed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .delivery import DeliveryQueue, PermitOrder
 from .errors import UsageError
 from .groups import GroupTask
+from .lateness import expired, is_older
 from .settlement import RolloutResult
 
 
@@ -66,6 +67,24 @@ class ResultPool:
         for result in taken:
             del self._held[result.task_id]
         return taken
+
+    def expire_older(self, oldest: int, version: int) -> int:
+        """Put expired results in the place of accepted ones that nobody took in time.
+
+        Args:
+            oldest: The oldest admissible version.
+            version: The trainer's.
+
+        Returns:
+            How many: the budget of each is to be given back.
+        """
+        old = self._training.take_where(
+            lambda result: result.group is not None and is_older(result.group, oldest)
+        )
+        for result in old:
+            assert result.group is not None
+            self._training.put(expired(result.group, version))
+        return len(old)
 
     def claim(self, task_id: str, live: GroupTask | None) -> bool:
         """Reserve one task's result for one waiter, and say whether it is of evaluation.

@@ -311,6 +311,7 @@ class ModelExecutor:
             short = max(0, version * self.rules.batch - self.consumed)
             self.charged += short
             self.consumed += short
+            self.expire_results()
             self.discard_outdated()
         if self.rules.straggler_policy in ("requeue", "drop"):
             self.stop_stragglers()
@@ -323,6 +324,13 @@ class ModelExecutor:
             self.stop(group, "expired", too_late=True)
             self.restart(group)
             self.settle_if_ended(group)
+
+    def expire_results(self) -> None:
+        """What waits to be taken and is too old gives its budget back at once."""
+        for group in self.ready(is_eval=False):
+            if group.outcome == "accepted" and self.is_too_old(group):
+                group.outcome = "expired"
+        self.start()
 
     def discard_outdated(self) -> None:
         """What waits for a batch and is too old: queued again, the lowest first, or dropped."""
