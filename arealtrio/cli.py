@@ -18,6 +18,7 @@ from .demo.report import DemoReport
 from .demo.run import DemoOptions, run_demo
 from .embedded.__main__ import command as serve_command
 from .errors import ArealTrioError
+from .simulate.command import command as simulate_command
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 TERMINATED = 143  # and that SIGTERM ended
@@ -67,6 +68,7 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
 
 
 main.add_command(serve_command, "serve")
+main.add_command(simulate_command, "simulate")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "arealtrio"
 TOP = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "simulate"),
     ("controller",),
     ("executor",),
     ("server_face",),
@@ -63,15 +63,17 @@ BESIDE = (
 SEES_BESIDE = {
     "cli": "embedded",
     "demo": "embedded testing",
+    "simulate": "testing",
     "testing": "executor transport wire",  # a Transport, and runs of the whole house on it
 }
 
 # The one door through which each outside library comes in.
 DOORS = {
-    "click": "cli embedded",
+    "click": "cli embedded simulate",
     "httptools": "transport",
     "httpx": "transport embedded testing",
     "hypercorn": "embedded",
+    "matplotlib": "simulate",
     "msgspec": "wire embedded",
     "numpy": "*",
     "outcome": "controller leases waiting",  # what a waiter is woken with
@@ -79,7 +81,7 @@ DOORS = {
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime "
         "waiting engine weights supervision servers pressure leases transport reward workflow "
-        "embedded testing watch stall adapters lora memory"
+        "embedded testing watch stall adapters lora memory simulate"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",
@@ -216,7 +218,8 @@ def test_outside_libraries_come_through_their_doors() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["asyncio"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["asyncio"], *extras["plot"]]
     declared = {re.split(r"[^\w-]", name)[0].replace("-", "_") for name in wanted}
     used = {i.name.split(".")[0] for i in OUTSIDE} - sys.stdlib_module_names - set(GUESTS)
     assert used <= declared, "another package brings it along today: declare it in pyproject.toml"

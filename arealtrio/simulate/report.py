@@ -1,0 +1,191 @@
+"""Outcomes as lines for a terminal, at most 80 columns wide, and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .bars import bar, binned, columns
+from .outcome import Outcome
+from .plan import Plan
+
+WIDTH = 80
+_BINS = 12
+_NAME = 16  # columns of the names down the left side
+_AXIS = 18  # columns of a swept value at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One plan of those that were asked for, and what came of it.
+
+    Args:
+        plan: With its values of the swept fields.
+        values: Those values as written, by field; empty where nothing is swept.
+        outcome: None if it was not finished, nor far enough to say anything.
+    """
+
+    plan: Plan
+    values: Mapping[str, str]
+    outcome: Outcome | None
+
+
+def as_json(settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return everything as plain values."""
+    return {"settings": [_as_dict(setting) for setting in settings]}
+
+
+def _as_dict(setting: Setting) -> dict[str, Any]:
+    outcome = setting.outcome
+    return {
+        "values": dict(setting.values),
+        "plan": _plan_as_dict(setting.plan),
+        "outcome": None if outcome is None else outcome.as_dict(),
+    }
+
+
+def _plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as it would be written on the command line, with what it chose by itself."""
+    values: dict[str, Any] = {
+        name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "answers"
+    }
+    return {
+        **values,
+        "servers": ",".join(map(str, plan.servers)),
+        "lengths": str(plan.answers),
+        "max_staleness": "inf" if plan.max_staleness is None else plan.max_staleness,
+        "max_concurrent_rollouts": plan.max_concurrent_rollouts or plan.slots,
+        "warm_up": plan.steps_not_counted,
+        "prompts": plan.prompts_of_an_epoch,
+        "grain": plan.tokens_simulated_as_one,
+    }
+
+
+def lines(settings: Sequence[Setting], *, plain: bool = False) -> Iterator[str]:
+    """Return the report of one setting, or the comparison of several.
+
+    Args:
+        settings: At least one, with an outcome or without.
+        plain: Use ASCII alone.
+    """
+    done = [(s, s.outcome) for s in settings if s.outcome is not None]
+    if len(settings) == 1:
+        for setting, outcome in done:
+            yield from _one(setting.plan, outcome, plain=plain)
+    elif done:
+        yield from _several([s for s, _ in done], [o for _, o in done], plain=plain)
+
+
+# --- one setting ---------------------------------------------------------------------------------
+
+
+def _one(plan: Plan, outcome: Outcome, *, plain: bool) -> Iterator[str]:
+    for name, text in _summary(plan, outcome):
+        yield from textwrap.wrap(
+            f"{name:<{_NAME}}{text}", WIDTH, subsequent_indent=_NAME * " ", break_on_hyphens=False
+        )
+    yield ""
+    yield from _histograms(outcome, plain=plain)
+
+
+def _summary(plan: Plan, outcome: Outcome) -> Iterator[tuple[str, str]]:
+    yield (
+        "throughput",
+        (
+            f"{outcome.tokens_per_s:,.0f} tokens/s, {outcome.rollouts_per_s:,.2f} rollouts/s, "
+            "trained on"
+        ),
+    )
+    yield (
+        "a step",
+        (
+            f"{outcome.step_s:,.1f} s: waiting {outcome.trainer_wait_s:,.1f} s "
+            f"({outcome.trainer_wait:.0%}), training {plan.training_s:,.1f} s, "
+            f"new weights {outcome.update_s:,.1f} s"
+        ),
+    )
+    kinds = ", ".join(f"{kind} {used:.0%}" for kind, used in outcome.utilisation_by_kind.items())
+    yield "servers busy", f"{outcome.utilisation:.0%} of all slots ({kinds})"
+    yield "answers", f"{outcome.answer_tokens:,.0f} tokens on average, of those trained on"
+    yield (
+        "too old",
+        (f"{outcome.violations:,} groups trained on all the same, {outcome.given_up:,} given up"),
+    )
+    yield "counted", f"{outcome.steps} steps, {outcome.seconds:,.0f} s of simulated time"
+
+
+def _histograms(outcome: Outcome, *, plain: bool) -> Iterator[str]:
+    """Two histograms side by side."""
+    width = (WIDTH - _NAME) // 2
+    yield f"{'staleness':<{_NAME}}{'tokens':<{width}}{'rollouts, by their oldest token'}"
+    last = outcome.oldest
+    tokens = binned({last: 0, **outcome.token_staleness}, _BINS)
+    heads = binned({last: 0, **outcome.head_staleness}, _BINS)
+    for name in tokens:
+        pair = (tokens[name], heads[name])
+        cells = (f"{bar(s, width - 8, plain=plain)} {s:>6.1%} " for s in pair)
+        yield f"{name:>{_NAME - 7}}{'':7}{''.join(cells)}".rstrip()
+
+
+# --- several -------------------------------------------------------------------------------------
+
+
+def _several(
+    settings: Sequence[Setting], outcomes: Sequence[Outcome], *, plain: bool
+) -> Iterator[str]:
+    names = _Names(settings)
+    bar_width = WIDTH - names.width - 48
+    over, under = names.titles
+    yield f"{over}{'':{bar_width + 24}}slots trainer  staleness"
+    row = "{} {:>10} {:>8}  {:{}}  {:>5} {:>7} {:>5} {:>4}"
+    yield row.format(under, "tokens/s", "/ first", "", bar_width, "busy", "waits", "mean", "max")
+    first, most = outcomes[0].tokens_per_s, max(o.tokens_per_s for o in outcomes)
+    for setting, o in zip(settings, outcomes, strict=True):
+        yield row.format(
+            names.of(setting),
+            f"{o.tokens_per_s:,.0f}",
+            f"{o.tokens_per_s / first:.2f}",
+            bar(o.tokens_per_s / most, bar_width, plain=plain),
+            bar_width,
+            f"{o.utilisation:.0%}",
+            f"{o.trainer_wait:.0%}",
+            _short(o.mean_staleness),
+            o.oldest,
+        )
+    yield ""
+    yield from _compared_histograms(settings, outcomes, names, plain=plain)
+
+
+class _Names:
+    """The left column: one swept field above the other, and a value of each below."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self._widths = [
+            min(_AXIS, max(len(setting.values[name]) for setting in settings))
+            for name in settings[0].values
+        ]
+        fields = [name[:_AXIS] for name in settings[0].values]
+        self.width = max(sum(self._widths) + len(fields) - 1, *map(len, fields), 8)
+        self.titles = [title.ljust(self.width) for title in ["", *fields][-2:]]
+
+    def of(self, setting: Setting) -> str:
+        """A setting's line begins with this."""
+        values = zip(setting.values.values(), self._widths, strict=True)
+        return " ".join(text[:width].ljust(width) for text, width in values).ljust(self.width)
+
+
+def _compared_histograms(
+    settings: Sequence[Setting], outcomes: Sequence[Outcome], names: _Names, *, plain: bool
+) -> Iterator[str]:
+    """One line for each setting, all on one scale from staleness 0."""
+    last, most = max(o.oldest for o in outcomes), WIDTH - names.width - 1
+    yield f"{'':{names.width}} tokens by staleness, from 0 at the left to {last}"
+    for setting, o in zip(settings, outcomes, strict=True):
+        shares = binned({last: 0, **o.token_staleness}, most)
+        yield f"{names.of(setting)} {columns(list(shares.values()), plain=plain)}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:.0f}"
