@@ -652,7 +652,8 @@ class ServerPool:
 
     def _initial_cap(self, server: Server) -> int:
         configured = self.config.cap_of(server.address)
-        return configured or server.info.max_concurrency or DEFAULT_MAX_CONCURRENT_PER_SERVER
+        told = server.info.max_concurrency or DEFAULT_MAX_CONCURRENT_PER_SERVER
+        return configured or min(told, CAP_MAX)
 
     async def label(self, server: Server, version: int) -> None:
         """Set the label of the weights a server has. One without such a route keeps its word.

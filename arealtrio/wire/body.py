@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..errors import InvalidRequest, ProtocolError
-from ..types import HttpRequest, HttpResponse
+from ..types import INT32_MAX, HttpRequest, HttpResponse
 from .status import NOT_JSON, check_status, kind_of_body
 
 T = TypeVar("T")
@@ -52,6 +52,11 @@ def read(response: HttpResponse, shape: type[T], server: str, what: str) -> T:
 def read_if_there(response: HttpResponse, shape: type[T], server: str, what: str) -> T | None:
     """``read``, but None where the server does not have that route (404)."""
     return None if response.status == 404 else read(response, shape, server, what)
+
+
+def known(limit: int | None) -> int | None:
+    """A limit as a server tells it; None where it is none, such as 0 or -1 for what is not set."""
+    return limit if limit is not None and 1 <= limit <= INT32_MAX else None
 
 
 def decode(body: bytes, shape: type[T], response: HttpResponse, what: str) -> T:

@@ -167,8 +167,8 @@ class SglangDialect(SglangWeights):
         model = listed.data[0] if listed.data else None
         return ServerInfo(
             model=model.id if model else None,
-            max_model_len=(model and model.max_model_len) or config.context_length,
-            max_concurrency=_concurrency(config),
+            max_model_len=body.known((model and model.max_model_len) or config.context_length),
+            max_concurrency=body.known(_concurrency(config)),
             weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
             token_in_token_out=True,
             streams_news=config.incremental_streaming_output,

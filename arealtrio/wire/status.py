@@ -60,6 +60,8 @@ def reason_of(response: HttpResponse) -> str:
     """The server's reason on one line of at most ``REASON_SIZE`` characters."""
     try:
         reason = _find_reason(msgspec.json.decode(response.body))
+    except RecursionError:
+        reason = ""
     except NOT_JSON:
         reason = _plain_text(response)
     return _shorten(reason) or "no reason given"

@@ -196,8 +196,8 @@ class VllmDialect(VllmWeights):
         config = _read_config(info)
         return ServerInfo(
             model=model.id if model else None,
-            max_model_len=model.max_model_len if model else config.model_config.max_model_len,
-            max_concurrency=_concurrency(config),
+            max_model_len=body.known((model or config.model_config).max_model_len),
+            max_concurrency=body.known(_concurrency(config)),
             weight_version=None if weights.status == 404 else self.parse_weight_version(weights),
             token_in_token_out=_has_route(probe),
             streams_news=True,

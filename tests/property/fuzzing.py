@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import types
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -179,7 +180,7 @@ def bodies(draw: st.DrawFn, documents: list[Any]) -> bytes:
     return body
 
 
-def changed(draw: st.DrawFn, body: bytes) -> bytes:
+def changed(draw: Callable[..., Any], body: bytes) -> bytes:
     """A few bytes replaced, put in or taken out."""
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(body)))
