@@ -147,6 +147,14 @@ class RolloutConfig:
             does is logged. Choose it above your longest answer.
         slow_step_warning_s: User code that keeps the event loop for longer is named in a warning.
         response_size_bytes: Answers above this are refused.
+        ledger_path: File that keeps what ``prepare_batch`` took, finished and delivered, so that a
+            run that was killed loses none of it and trains nothing twice. None keeps none. On a
+            disk of this machine, one file for each run; see ``docs/ledger.md``.
+        ledger_flush_s: Between two commits to it: what a crash costs at most, besides what was not
+            finished. A commit costs one ``fsync``, in a thread.
+        ledger_checkpoints: Newest ``state_dict`` s that can still be loaded; what came before them
+            is trimmed. Choose one more than the checkpoints you would go back to, for the newest
+            may not be on the disk yet.
         min_updated: Servers that must take a weight update for the version to advance; the others
             are out of service until an update reaches them.
     """
@@ -202,6 +210,9 @@ class RolloutConfig:
     stall_warning_s: float = 300.0
     slow_step_warning_s: float = 0.05
     response_size_bytes: int = 256 * 2**20
+    ledger_path: str | None = None
+    ledger_flush_s: float = 1.0
+    ledger_checkpoints: int = 2
     min_updated: int = 1
 
     def __post_init__(self) -> None:
@@ -236,6 +247,14 @@ class RolloutConfig:
         ca_file = self.ca_file
         if ca_file is not None and not (isinstance(ca_file, str) and os.path.isfile(ca_file)):
             raise ConfigError(f"ca_file {shown(ca_file)} is no file that can be read here")
+        self._check_ledger_path()
+
+    def _check_ledger_path(self) -> None:
+        if isinstance(self.ledger_path, os.PathLike):
+            object.__setattr__(self, "ledger_path", os.fspath(self.ledger_path))
+        path = self.ledger_path
+        if path is not None and not (isinstance(path, str) and path and "\0" not in path):
+            raise ConfigError(f"ledger_path must be a path or None, not {shown(path)}")
 
     def _check_servers(self) -> None:
         twice = sorted({s for s in self.servers if list(self.servers).count(s) > 1})
@@ -261,6 +280,7 @@ class RolloutConfig:
             ("max_failovers", 0),
             ("segment_tokens", 1),
             ("affinity_size", 0),
+            ("ledger_checkpoints", 1),
         ):
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_COUNTS:

@@ -7,6 +7,7 @@
     ├─ RolloutClosed                       you closed it while something still waited
     ├─ RolloutCrashed                      our side died; the cause is attached
     ├─ StalenessBudgetExhausted            the call cannot be served before the next weight version
+    ├─ LedgerError                         the ledger's file: full, locked, damaged, another run's
     ├─ WeightUpdateError                   too few servers took the weights; the version stays
     ├─ TooManyFailures (ExceptionGroup)    the failure budget is spent; the real causes are inside
     └─ RolloutError                        one rollout failed: recorded, it never ends the run
@@ -62,6 +63,13 @@ class StalenessBudgetExhausted(ArealTrioError, RuntimeError):
     """Admission cannot produce what was asked for before the next weight version.
 
     Waiting would never end: the caller that waits is the one who has to advance the version.
+    """
+
+
+class LedgerError(ArealTrioError, RuntimeError):
+    """The ledger can not be written, read, or trusted; the message says why and what to do.
+
+    What was durable before stays so, and nothing is delivered that the ledger does not know of.
     """
 
 

@@ -43,6 +43,7 @@ SERVING_WING = (
     ("affinity", "lengths", "tally"),
 )
 DATA_WING = (
+    ("ledger",),
     ("asyncio_workflow", "reward", "staleness", "trajectory", "workflow"),
     ("reward_worker",),
     ("rows", "to_torch"),
@@ -74,14 +75,14 @@ DOORS = {
     "httpx": "transport embedded testing",
     "hypercorn": "embedded",
     "matplotlib": "simulate",
-    "msgspec": "wire embedded",
+    "msgspec": "wire embedded ledger",
     "numpy": "*",
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime "
         "waiting engine weights supervision servers pressure leases transport reward workflow "
-        "embedded testing watch stall adapters lora memory simulate"
+        "embedded testing watch stall adapters lora memory simulate ledger"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",
@@ -91,6 +92,7 @@ DOORS = {
     "http": "",
     "multiprocessing": "reward_worker",
     "requests": "",
+    "sqlite3": "ledger",
     "socket": "transport embedded",
     "ssl": "transport",
     "subprocess": "demo",
@@ -98,7 +100,7 @@ DOORS = {
     "urllib3": "",
 }
 # Heavy guests come in only through a module that has their name, which nothing else needs.
-GUESTS = ("ray", "torch")
+GUESTS = ("pytest", "ray", "torch")
 
 
 def rooms_below(wing: tuple[tuple[str, ...], ...]) -> dict[str, frozenset[str]]:
