@@ -7,6 +7,7 @@ happens between a decision and its effect.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -32,7 +33,8 @@ class Generation:
     That release is synchronous, so it works in a cancelled scope too: a handler whose client went
     away leaves no sequence behind.
 
-    Times are trio's: ``started``, and of each sequence its first token and its end.
+    Times are trio's: ``started``, and of each sequence its first token and its end. ``on_end`` is
+    called when the last sequence has finished.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -40,6 +42,7 @@ class Generation:
         self.started = trio.current_time()
         self.first_token_at: dict[Sequence, float] = {}
         self.finished_at: dict[Sequence, float] = {}
+        self.on_end: Callable[[], None] = lambda: None
         self._engine = engine
         self._progress = trio.Event()
         self._finished = trio.Event()
@@ -53,6 +56,10 @@ class Generation:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Drop what is unfinished; harmless twice."""
         self._engine.discard(self)
 
     @property
@@ -90,6 +97,7 @@ class Generation:
         self._progress.set()
         if self.finished:
             self._finished.set()
+            self.on_end()
 
 
 class Engine:
@@ -146,11 +154,14 @@ class Engine:
     def generate(
         self,
         requests: SequenceOf[tuple[str, SequenceOf[int], SamplingParams]],
+        *,
+        streamed: bool = False,
     ) -> Generation:
         """Queue the sequences of one HTTP request: all of them, or none if one is refused.
 
         Args:
             requests: Id, prompt and parameters of each.
+            streamed: Whether somebody reads them token by token.
 
         Raises:
             EngineDead: Nothing can be served any more.
@@ -163,8 +174,13 @@ class Engine:
         except BaseException:
             self.discard(generation)
             raise
+        if streamed:
+            self._follow(generation)
         self._changed()
         return generation
+
+    def _follow(self, generation: Generation) -> None:
+        """Tell its hooks of each token when it is due; here they are made one by one anyway."""
 
     def _submit(
         self,
@@ -183,9 +199,11 @@ class Engine:
 
     def discard(self, generation: Generation) -> None:
         """Drop what is unfinished of it."""
-        for sequence in generation.sequences:
+        unfinished = [sequence for sequence in generation.sequences if not sequence.finished]
+        for sequence in unfinished:
             self.scheduler.discard(sequence)
-        self._changed()
+        if unfinished:
+            self._changed()
 
     def abort(self, request_ids: SequenceOf[str] | None = None) -> int:
         """Finish sequences by id, or all; see ``Scheduler.abort``."""
@@ -262,6 +280,10 @@ class Engine:
                 raise
             if version is not None:
                 self.set_version(version)
+
+    def unix_time(self) -> float:
+        """Seconds since 1970. A subclass on a virtual clock has another opinion."""
+        return time.time()
 
     async def _read(self, path: Path) -> Model:
         """Read weights. A subclass on a virtual clock reads without a thread."""

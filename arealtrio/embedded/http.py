@@ -1,16 +1,23 @@
-"""What both faces need of HTTP: JSON answers, events, bodies, and clients that go away."""
+"""What both faces need of HTTP: JSON answers, events, bodies, and clients that go away.
+
+A request for tokens is a ``Reply`` of its dialect, which knows nothing of HTTP: ``whole_answer``
+and ``EventStream`` carry it over HTTP, a simulated server hands on what it says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import msgspec
 import trio
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
+
+from .engine import Generation
 
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 LAST_EVENT = b"data: [DONE]\n\n"
@@ -37,9 +44,14 @@ async def read_body(request: Request) -> bytes:
     return bytes(raw)
 
 
+def json_bytes(body: Any) -> bytes:
+    """Write JSON."""
+    return msgspec.json.encode(body)
+
+
 def json_response(body: Any, status: int = 200) -> Response:
     """Answer with JSON."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+    return Response(json_bytes(body), status, media_type="application/json")
 
 
 def detail(text: str) -> Callable[[Request, Exception], Awaitable[Response]]:
@@ -57,12 +69,6 @@ def detail(text: str) -> Callable[[Request, Exception], Awaitable[Response]]:
 def event(body: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def send_more(send: Send, body: bytes) -> None:
-    """Send a part of a stream; an empty one is not sent, because it would say nothing."""
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 @asynccontextmanager
@@ -85,3 +91,73 @@ async def never_answer(request: Request) -> Response:
     async with until_disconnect(request.receive):
         await trio.sleep_forever()
     return Response()
+
+
+class Reply(Protocol):
+    """One request for tokens, from its arrival until it is answered or its client has left.
+
+    Leaving its ``with`` block releases all that it holds, also in a cancelled scope.
+    """
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it asks for a stream of events."""
+
+    @property
+    def generation(self) -> Generation | None:
+        """Its sequences; None before it has got to the scheduler."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def release(self) -> None:
+        """Drop what is unfinished; harmless twice."""
+
+    async def wait(self) -> None:
+        """Return when ``answer`` knows what to say."""
+
+    def answer(self) -> Any:
+        """The whole answer as plain data; raises the dialect's error where it refuses."""
+
+    async def next_events(self) -> bytes:
+        """The next events of a stream as soon as there are any; empty after the last.
+
+        A reader slower than the engine gets fewer, longer pieces, so nothing piles up.
+        """
+
+
+async def whole_answer(request: Request, reply: Reply) -> Response:
+    """Answer in one piece; what was asked for is dropped if the client goes."""
+    with reply:
+        async with until_disconnect(request.receive):
+            await reply.wait()
+        return json_response(reply.answer())
+
+
+class EventStream(Response):
+    """Answer in server-sent events, until the last or until the client goes.
+
+    Starlette's own streaming response takes an async generator, whose clean-up after a cancelled
+    ``send`` waits for the garbage collector; here the ``with`` block releases at once.
+    """
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send the events; the ASGI interface."""
+        with self._reply:
+            async with until_disconnect(receive):
+                await send({"type": "http.response.start", "status": self.status_code,
+                            "headers": self.raw_headers})  # fmt: skip
+                while events := await self._reply.next_events():
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})

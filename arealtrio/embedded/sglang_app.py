@@ -7,7 +7,6 @@ answered at once; a real server does that when it goes on.
 
 from __future__ import annotations
 
-import time
 from typing import Literal, TypeVar
 
 import msgspec
@@ -18,11 +17,19 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from .engine import Engine
-from .http import BodyTooLarge, detail, json_response, never_answer, read_body
+from .http import (
+    BodyTooLarge,
+    EventStream,
+    detail,
+    json_response,
+    never_answer,
+    read_body,
+    whole_answer,
+)
 from .settings import ServerSettings
 from .sglang_error import Json, SglangError
 from .sglang_frontend import Frontend
-from .sglang_generate import Reply, refusal
+from .sglang_generate import Reply
 from .sglang_memory import Memory, release, resume
 from .sglang_metrics import sglang_metrics_page
 from .sglang_request import GenerateBody, decode
@@ -55,15 +62,18 @@ class _UnloadAdapter(msgspec.Struct):
     lora_name: str
 
 
-def sglang_app(engine: Engine, settings: ServerSettings) -> Starlette:
+def sglang_app(
+    engine: Engine, settings: ServerSettings, front: Frontend | None = None
+) -> Starlette:
     """Return the ASGI application. It starts nothing: whoever serves it also runs ``engine.run``.
 
     Args:
         engine: Generates.
         settings: Names and limits to report.
+        front: The front end, where others go through it as well.
     """
     return Starlette(
-        routes=_Face(engine, settings).routes(),
+        routes=_Face(engine, settings, front or Frontend.of(engine, settings)).routes(),
         exception_handlers={
             SglangError: _refuse,
             404: detail("Not Found"),
@@ -75,14 +85,12 @@ def sglang_app(engine: Engine, settings: ServerSettings) -> Starlette:
 class _Face:
     """The endpoints, over one engine."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings, front: Frontend) -> None:
         self._engine = engine
         self._settings = settings
-        self._front = Frontend(
-            engine, settings, engine.scheduler.weight_version, str(settings.weights)
-        )
+        self._front = front
         self._weights = Weights(self._front)
-        self._started = int(time.time())
+        self._started = int(engine.unix_time())
         self._first_label = self._front.label
         self._requests = 0
 
@@ -124,7 +132,8 @@ class _Face:
         body = await _body(request, GenerateBody)
         if self._engine.faults.silent:
             return await never_answer(request)
-        return Reply(self._front, body)
+        reply = Reply(self._front, body)
+        return EventStream(reply) if reply.streamed else await whole_answer(request, reply)
 
     async def abort(self, request: Request) -> Response:
         """Finish requests by id, or all; the answer is empty."""
@@ -340,4 +349,7 @@ def _done(message: str) -> Response:
 
 async def _refuse(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, SglangError)
-    return refusal(exc)
+    response = json_response(exc.body, exc.status)
+    if exc.status >= 500:
+        response.headers["connection"] = "close"
+    return response

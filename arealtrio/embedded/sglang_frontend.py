@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from ..errors import InvalidRequest
 from .engine import Engine, Generation
@@ -40,7 +41,12 @@ class Frontend:
     rids: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
 
-    def begin(self, items: Iterable[Item]) -> Generation:
+    @classmethod
+    def of(cls, engine: Engine, settings: ServerSettings) -> Self:
+        """That of a server which has just started."""
+        return cls(engine, settings, engine.scheduler.weight_version, str(settings.weights))
+
+    def begin(self, items: Iterable[Item], *, streamed: bool = False) -> Generation:
         """Queue the prompts of one request, all or none; call it inside the gate.
 
         Raises:
@@ -49,7 +55,7 @@ class Frontend:
         seen = [self._with_images(item) for item in items]
         checked = [(item.rid, item.prompt, self._checked(item)) for item in seen]
         try:
-            return self.engine.generate(checked)
+            return self.engine.generate(checked, streamed=streamed)
         except EngineDead as exc:
             raise engine_died() from exc
         except InvalidRequest as exc:

@@ -34,20 +34,19 @@ class Gate:
         self.paused = False
         self._notify()
 
-    @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        """Go through when it is open; be inside for the length of the block."""
+    async def enter(self) -> None:
+        """Go through when it is open, and be inside until ``leave``."""
         self.waiting += 1
         try:
             await self.until(lambda: not self.paused and not self._loads)
         finally:
             self.waiting -= 1
         self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            self._notify()
+
+    def leave(self) -> None:
+        """A request has been answered, or its client has left."""
+        self._inside -= 1
+        self._notify()
 
     @asynccontextmanager
     async def load(self) -> AsyncIterator[None]:

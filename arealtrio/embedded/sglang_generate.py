@@ -1,24 +1,23 @@
-"""Answer ``/generate``, in one piece or as a stream, and stop when the client goes away."""
+"""Answer ``/generate``, in one piece or as a stream; nothing here knows of HTTP."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Self
 
 import trio
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from .engine import Generation
-from .http import LAST_EVENT, event, json_response, send_more, until_disconnect
+from .http import LAST_EVENT, event
 from .sglang_error import Json, SglangError, engine_died
 from .sglang_frontend import Frontend
-from .sglang_request import GenerateBody, Item, read_generate
+from .sglang_request import GenerateBody, GenerateRequest, Item, read_generate
 from .sglang_response import Told
 
 
-class Reply(Response):
-    """The answer to one request, once it is through the gate.
+class Reply:
+    """One request for tokens; see ``http.Reply``. It waits at the gate before it is looked at.
 
     What is wrong with a request is found behind the gate, so a stream that is refused has begun
     with a 200 and says so in its only event.
@@ -29,43 +28,95 @@ class Reply(Response):
     """
 
     def __init__(self, front: Frontend, body: GenerateBody) -> None:
-        super().__init__(media_type="text/event-stream")
-        del self.headers["content-length"]
+        self.streamed = body.stream
+        self.generation: Generation | None = None
         self._front = front
         self._body = body
-        self._received_ts = time.time()
+        self._received_ts = front.engine.unix_time()
         self._received = trio.current_time()
+        self._held = ExitStack()
+        self._asked: GenerateRequest | None = None
+        self._refused: SglangError | None = None
+        self._sent: list[int | None] = []  # tokens of each; None: told how it ended
+        self._over = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; the ASGI interface."""
-        if self._body.stream:
-            await self._stream(receive, send)
-            return
-        async with until_disconnect(receive):
-            response = await self._whole()
-            await response(scope, receive, send)
+    def __enter__(self) -> Self:
+        return self
 
-    async def _whole(self) -> Response:
-        try:
-            asked = read_generate(self._body)
-            with self._front.known(asked.items):
-                async with self._front.gate.request():
-                    with self._front.begin(asked.items) as generation:
-                        await generation.wait_finished()
-                        answers = self._answers(generation, asked.items)
-        except SglangError as exc:
-            return refusal(exc)
-        return json_response(answers if asked.batch else answers[0])
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
-    def _answers(self, generation: Generation, items: Iterable[Item]) -> list[Json]:
-        if generation.failed:
+    def release(self) -> None:
+        """See ``http.Reply``."""
+        self._held.close()
+
+    async def wait(self) -> None:
+        """See ``http.Reply``."""
+        generation = await self._started()
+        if generation is not None:
+            await generation.wait_finished()
+
+    def answer(self) -> Json | list[Json]:
+        """See ``http.Reply``."""
+        if self._refused is not None:
+            raise self._refused
+        assert self._asked is not None
+        if self.generation is None or self.generation.failed:
             raise engine_died()
-        return [self._told(generation, index, item).answer() for index, item in enumerate(items)]
+        answers = [self._told(index, item).answer() for index, item in self._items()]
+        return answers if self._asked.batch else answers[0]
 
-    def _told(self, generation: Generation, index: int, item: Item) -> Told:
-        sequence = generation.sequences[index]
-        first = generation.first_token_at.get(sequence)
-        end = generation.finished_at.get(sequence)
+    async def next_events(self) -> bytes:
+        """See ``http.Reply``."""
+        generation = await self._started()
+        while generation is not None and any(one is not None for one in self._sent):
+            await generation.wait_progress()
+            if generation.failed:
+                self._refuse(engine_died())
+                break
+            if news := b"".join(self._news()):
+                return news
+        return self._last_events()
+
+    def _last_events(self) -> bytes:
+        if self._over:
+            return b""
+        self._over = True
+        refused = b"" if self._refused is None else event(self._refused.event())
+        return refused + LAST_EVENT
+
+    async def _started(self) -> Generation | None:
+        """Its sequences, once it is through the gate; None if it is refused."""
+        if self.generation is None and self._refused is None:
+            try:
+                self.generation = await self._start()
+            except SglangError as exc:
+                self._refuse(exc)
+        return self.generation
+
+    async def _start(self) -> Generation:
+        self._asked = asked = read_generate(self._body)
+        self._sent = [0] * len(asked.items)
+        self._held.enter_context(self._front.known(asked.items))
+        await self._front.gate.enter()
+        self._held.callback(self._front.gate.leave)
+        generation = self._front.begin(asked.items, streamed=self.streamed)
+        return self._held.enter_context(generation)
+
+    def _refuse(self, error: SglangError) -> None:
+        self._refused = error
+        self._sent = []
+        self.release()
+
+    def _items(self) -> Iterator[tuple[int, Item]]:
+        assert self._asked is not None
+        return enumerate(self._asked.items)
+
+    def _told(self, index: int, item: Item) -> Told:
+        assert self.generation is not None
+        sequence = self.generation.sequences[index]
+        first = self.generation.first_token_at.get(sequence)
+        end = self.generation.finished_at.get(sequence)
         return Told(
             sequence=sequence,
             label=self._front.label,
@@ -76,56 +127,14 @@ class Reply(Response):
             end_s=None if end is None else end - self._received,
         )
 
-    async def _stream(self, receive: Receive, send: Send) -> None:
-        async with until_disconnect(receive):
-            await send({"type": "http.response.start", "status": self.status_code,
-                        "headers": self.raw_headers})  # fmt: skip
-            try:
-                await self._events(send)
-            except SglangError as exc:
-                await send_more(send, event(exc.event()))
-            await send_more(send, LAST_EVENT)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self, send: Send) -> None:
-        asked = read_generate(self._body)
-        with self._front.known(asked.items):
-            async with self._front.gate.request():
-                with self._front.begin(asked.items) as generation:
-                    await self._follow(generation, asked.items, send, batch=asked.batch)
-
-    async def _follow(
-        self, generation: Generation, items: tuple[Item, ...], send: Send, *, batch: bool
-    ) -> None:
-        """Send what is new whenever something is. A slow reader gets fewer, longer events."""
-        sent: list[int | None] = [0] * len(items)  # None: told how it ended
-        while any(one is not None for one in sent):
-            await generation.wait_progress()
-            if generation.failed:
-                raise engine_died()
-            await send_more(send, b"".join(self._news(generation, items, sent, batch=batch)))
-
-    def _news(
-        self,
-        generation: Generation,
-        items: tuple[Item, ...],
-        sent: list[int | None],
-        *,
-        batch: bool,
-    ) -> Iterator[bytes]:
+    def _news(self) -> Iterator[bytes]:
+        assert self.generation is not None
+        assert self._asked is not None
         incremental = self._front.settings.incremental_streaming_output
-        for index, item in enumerate(items):
-            sequence, start = generation.sequences[index], sent[index]
+        for index, item in self._items():
+            sequence, start = self.generation.sequences[index], self._sent[index]
             if start is None or not (sequence.finished or sequence.output_length > start):
                 continue
-            chunk = self._told(generation, index, item).answer(start if incremental else 0)
-            sent[index] = None if sequence.finished else sequence.output_length
-            yield event({**chunk, "index": index} if batch else chunk)
-
-
-def refusal(error: SglangError) -> Response:
-    """Answer with an error."""
-    response = json_response(error.body, error.status)
-    if error.status >= 500:
-        response.headers["connection"] = "close"
-    return response
+            chunk = self._told(index, item).answer(start if incremental else 0)
+            self._sent[index] = None if sequence.finished else sequence.output_length
+            yield event({**chunk, "index": index} if self._asked.batch else chunk)

@@ -7,7 +7,6 @@ Source: vLLM 0.32.0's own answers, recorded in tests/golden/vllm-0.32.0, with it
 from __future__ import annotations
 
 import secrets
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,22 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from .engine import Engine
-from .http import BodyTooLarge, detail, never_answer, read_body
+from .http import (
+    BodyTooLarge,
+    EventStream,
+    detail,
+    json_response,
+    never_answer,
+    read_body,
+    whole_answer,
+)
 from .metrics import metrics_page
 from .scheduler import EngineDead
 from .settings import ServerSettings
 from .vllm_adapters import VllmAdapters
 from .vllm_error import VllmError, engine_error, missing, rpc_error, validation_error
 from .vllm_fields import Body, decode_body, flag, integer
-from .vllm_generate import (
-    CHAT,
-    COMPLETION,
-    TOKENS,
-    EventStream,
-    Kind,
-    begin,
-    json_response,
-    whole_answer,
-)
+from .vllm_generate import CHAT, COMPLETION, TOKENS, Kind, begin
 from .vllm_response import Json
 from .vllm_transfer import WeightTransfer
 
@@ -67,7 +65,7 @@ class _Face:
         self._settings = settings
         self._transfer = WeightTransfer(engine)
         self._adapters = VllmAdapters(engine.adapters)
-        self._started = int(time.time())
+        self._started = int(engine.unix_time())
         self._requests = 0
 
     def routes(self) -> list[BaseRoute]:
@@ -118,10 +116,8 @@ class _Face:
         if self._engine.faults.silent:
             return await never_answer(request)
         header = request.headers.get("x-request-id")
-        generation, answer = begin(self._engine, self._settings, kind, body, header)
-        if answer.request.stream:
-            return EventStream(generation, answer, kind)
-        return await whole_answer(request, generation, answer, kind)
+        reply = begin(self._engine, self._settings, kind, body, header)
+        return EventStream(reply) if reply.streamed else await whole_answer(request, reply)
 
     async def abort(self, request: Request) -> Response:
         """Finish requests by id; all of them if no ids are given."""

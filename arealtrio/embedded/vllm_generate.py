@@ -1,20 +1,15 @@
-"""Answer a generate request, in one piece or as a stream, and stop when the client goes away."""
+"""Answer a generate request, in one piece or as a stream; nothing here knows of HTTP."""
 
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from typing import Self
 
 from . import vllm_response
 from .engine import Engine, Generation
-from .http import LAST_EVENT, event, send_more, until_disconnect
-from .http import json_response as json_response
+from .http import LAST_EVENT, event
 from .scheduler import EngineDead
 from .settings import ServerSettings
 from .vllm_error import engine_error
@@ -76,7 +71,7 @@ TOKENS = Kind(
 
 def begin(
     engine: Engine, settings: ServerSettings, kind: Kind, body: Body, header_id: str | None
-) -> tuple[Generation, Answer]:
+) -> Reply:
     """Queue every answer of every prompt of a body; answers to one prompt share its id.
 
     Args:
@@ -87,7 +82,7 @@ def begin(
         header_id: The request's ``X-Request-Id``, which wins over the body's own id.
 
     Returns:
-        What to wait for, inside its ``with`` block, and what to answer then.
+        What answers it; leave its ``with`` block when that is done.
 
     Raises:
         VllmError: As vLLM would answer; nothing is queued.
@@ -99,10 +94,11 @@ def begin(
     asked = kind.read(body, limits)
     request_id = kind.prefix + (header_id or asked.request_id or secrets.token_hex(8))
     generation = _start(engine, asked, kind.engine_ids(request_id, len(asked.prompts)))
-    created = int(time.time())
-    return generation, Answer(
+    created = int(engine.unix_time())
+    answer = Answer(
         request_id, asked.model, created, asked, generation.sequences, settings.tell_experts
     )
+    return Reply(generation, answer, kind)
 
 
 def _start(engine: Engine, asked: GenerateRequest, engine_ids: list[str]) -> Generation:
@@ -112,42 +108,67 @@ def _start(engine: Engine, asked: GenerateRequest, engine_ids: list[str]) -> Gen
                 (engine_id, prompt, asked.params.numbered(number))
                 for engine_id, prompt in zip(engine_ids, asked.prompts, strict=True)
                 for number in range(asked.n)
-            ]
+            ],
+            streamed=asked.stream,
         )
     except EngineDead as exc:
         raise engine_error() from exc
 
 
-class EventStream(Response):
-    """Server-sent events of one generation, until it ends or the client goes away.
+class Reply:
+    """One request for tokens; see ``http.Reply``. Its sequences are in the scheduler already.
 
-    Starlette's own streaming response takes an async generator, whose clean-up after a cancelled
-    ``send`` waits for the garbage collector; here the ``with`` block releases at once. A reader
-    slower than the engine gets fewer, longer events, so nothing piles up.
+    Args:
+        generation: Its sequences.
+        answer: What it will say.
+        kind: Of the route.
     """
 
     def __init__(self, generation: Generation, answer: Answer, kind: Kind) -> None:
-        super().__init__(media_type="text/event-stream")
-        del self.headers["content-length"]
-        self._generation = generation
+        self.generation = generation
         self._answer = answer
         self._kind = kind
         self._cursors = [Cursor(index) for index in range(len(answer.sequences))]
+        self._over = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Send the events; the ASGI interface."""
-        with self._generation:
-            async with until_disconnect(receive):
-                await send({"type": "http.response.start", "status": self.status_code,
-                            "headers": self.raw_headers})  # fmt: skip
-                while not all(cursor.ended for cursor in self._cursors):
-                    await self._generation.wait_progress()
-                    await send_more(send, self._new_events())
-                await send_more(send, self._last_events())
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+    @property
+    def streamed(self) -> bool:
+        """See ``http.Reply``."""
+        return self._answer.request.stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """See ``http.Reply``."""
+        self.generation.release()
+
+    async def wait(self) -> None:
+        """See ``http.Reply``."""
+        await self.generation.wait_finished()
+
+    def answer(self) -> Json:
+        """See ``http.Reply``."""
+        if self.generation.failed:
+            raise engine_error()
+        return self._kind.whole(self._answer)
+
+    async def next_events(self) -> bytes:
+        """See ``http.Reply``."""
+        while not all(cursor.ended for cursor in self._cursors):
+            await self.generation.wait_progress()
+            if events := self._new_events():
+                return events
+        if self._over:
+            return b""
+        self._over = True
+        return self._last_events()
 
     def _new_events(self) -> bytes:
-        if self._generation.failed:
+        if self.generation.failed:
             for cursor in self._cursors:
                 cursor.ended = True
             return event(engine_error().body)
@@ -162,17 +183,5 @@ class EventStream(Response):
         return sequence.finished or sequence.output_length > cursor.sent
 
     def _last_events(self) -> bytes:
-        wanted = self._answer.request.include_usage and not self._generation.failed
+        wanted = self._answer.request.include_usage and not self.generation.failed
         return (event(self._kind.usage(self._answer)) if wanted else b"") + LAST_EVENT
-
-
-async def whole_answer(
-    request: Request, generation: Generation, answer: Answer, kind: Kind
-) -> Response:
-    """Wait for the end and answer in one piece; the sequences go if the client goes."""
-    with generation:
-        async with until_disconnect(request.receive):
-            await generation.wait_finished()
-    if generation.failed:
-        raise engine_error()
-    return json_response(kind.whole(answer))

@@ -7,21 +7,29 @@ only the tokens are made up, so that a test can check each of them. See ``script
 lengths     how long answers are
 script      what answers are: ``ScriptedModel``, ``checkpoint``, ``made_by``
 clockwork   the scheduler in continuous time
+settings    ``SimulatedServerSettings``
+faces       both dialects, in memory
 server      ``SimulatedServer``
+stream      an answer that arrives as it is made
 fault       ``FaultKind``: what can go wrong; ``Fault``: what did
 faults      ``Faults``: by chance, by plan or by hand
 mishap      what becomes of one answer
 fleet       ``SimulatedFleet``, the transport
 run         ``simulated_executor``
+repeatable  ``run_virtually``, ``repeatable_schedule``
+
+``arealtrio.testing.pytest_plugin`` holds fixtures for pytest; nothing here imports it.
 """
 
 from .fault import Fault, FaultKind
 from .faults import Faults
 from .fleet import Exchange, SimulatedFleet, open_fleet
 from .lengths import FixedLengths, Lengths, LogNormalLengths, RecordedLengths
+from .repeatable import repeatable_schedule, run_virtually
 from .run import simulated_executor
 from .script import EOS, TORN, ScriptedModel, checkpoint, made_by
-from .server import ServerCondition, SimulatedServer, SimulatedServerSettings
+from .server import ServerCondition, SimulatedServer
+from .settings import SimulatedServerSettings
 
 __all__ = [
     "EOS",
@@ -42,5 +50,7 @@ __all__ = [
     "checkpoint",
     "made_by",
     "open_fleet",
+    "repeatable_schedule",
+    "run_virtually",
     "simulated_executor",
 ]

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import trio
 
-from ..embedded.engine import Engine
+from ..embedded.engine import Engine, Generation
 from ..embedded.sampling import SamplingParams
 from ..embedded.scheduler import Model, Scheduler
 from ..embedded.sequence import Sequence, Span
@@ -72,7 +72,7 @@ class _Progress:
 class TimedScheduler(Scheduler):
     """A scheduler that keeps its own time; tokens are written when somebody could see them.
 
-    A stream sees its tokens when something else happens, not one by one.
+    Of a sequence that is streamed (``follow``) they are written every ``event_tokens`` steps.
 
     Args:
         pace: How fast it decodes.
@@ -82,6 +82,7 @@ class TimedScheduler(Scheduler):
         model: The first weights.
         max_num_seqs: As in the base class.
         max_model_len: As in the base class.
+        event_tokens: Tokens in one event of a stream.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class TimedScheduler(Scheduler):
         model: ScriptedModel,
         max_num_seqs: int,
         max_model_len: int,
+        event_tokens: int = 1,
     ) -> None:
         super().__init__(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self.pace = pace
@@ -108,13 +110,28 @@ class TimedScheduler(Scheduler):
         # (step of the last token, tie-breaker, sequence); entries of what left early are stale
         self._finishes: list[tuple[int, int, Sequence]] = []
         self._ties = itertools.count()
+        self._event_tokens = event_tokens
+        self._streamed: dict[Sequence, None] = {}  # of those that are streamed, the unfinished
 
     @property
     def next_event(self) -> float:
-        """When the next sequence ends by itself; infinite while none would."""
+        """When the next sequence ends by itself, or has an event; infinite while none would."""
         if self._due == math.inf or self.state != "healthy":
             return self._due
-        return self._due + (self._steps_to_finish() - 1) * self._step_s()
+        steps = self._steps_to_finish()
+        if self._streamed:
+            steps = min(steps, self._steps_to_event())
+        return self._due + (steps - 1) * self._step_s()
+
+    def _steps_to_event(self) -> int:
+        written = [self._progress[s].since for s in self._streamed if s in self._progress]
+        running = [since for since in written if since != _NOT_RUNNING]
+        return max(1, min(running, default=2**63) + self._event_tokens - self._steps)
+
+    def follow(self, sequence: Sequence) -> None:
+        """Write the tokens of a sequence as they are due, for somebody who streams them."""
+        if not sequence.finished:
+            self._streamed[sequence] = None
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -137,7 +154,16 @@ class TimedScheduler(Scheduler):
                 self.die()
             else:
                 self._leap(now)
+        if self._streamed and self._steps > before:
+            self._write_streamed()
         return self._steps - before
+
+    def _write_streamed(self) -> None:
+        due = self._steps - self._event_tokens
+        for sequence in self._streamed:
+            progress = self._progress.get(sequence)
+            if progress is not None and _NOT_RUNNING < progress.since <= due:
+                self._write(sequence)
 
     def _leap(self, now: float) -> None:
         """Take the due steps up to the first that ends a sequence."""
@@ -170,6 +196,7 @@ class TimedScheduler(Scheduler):
             sequence = heapq.heappop(self._finishes)[2]
             self._write(sequence)
             ended = self._progress.pop(sequence).plan
+            self._streamed.pop(sequence, None)
             self._running.remove(sequence)
             sequence.stop_reason = ended.stop_reason
             self._finish(sequence, "stop" if ended.stopped else "length")
@@ -321,6 +348,7 @@ class TimedScheduler(Scheduler):
             if progress is not None and progress.since != _NOT_RUNNING:
                 self._write(sequence)
             self._progress.pop(sequence, None)
+            self._streamed.pop(sequence, None)
         return taken
 
     def _check(self) -> None:
@@ -390,6 +418,14 @@ class TimedEngine(Engine):
     def set_version(self, label: str) -> None:
         """See the base class."""
         super().set_version(self._on_label(label))
+
+    def unix_time(self) -> float:
+        """The virtual clock's: that of the machine would make no two runs the same."""
+        return trio.current_time()
+
+    def _follow(self, generation: Generation) -> None:
+        for sequence in generation.sequences:
+            self.scheduler.follow(sequence)
 
     async def _read(self, path: Path) -> ScriptedModel:
         await trio.sleep(self._load_time_s)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
@@ -108,6 +109,7 @@ class Faults:
         self._servers: tuple[SimulatedServer, ...] = ()
         self._later: Callable[[float, Callable[[], None]], None] = lambda *_: None
         self._stopped = trio.Event()
+        self._quiet = 0
 
     @classmethod
     def none(cls) -> Self:
@@ -130,8 +132,17 @@ class Faults:
 
     @property
     def active(self) -> bool:
-        """Whether anything can still go wrong unasked."""
-        return bool(self.rates or self._planned)
+        """Whether anything can still go wrong by chance or by plan."""
+        return bool((self.rates and not self._quiet) or self._planned)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let nothing go wrong by chance for the length of the block."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
 
     def counts(self) -> dict[str, int]:
         """How often each kind happened, by its name."""
@@ -303,7 +314,7 @@ class Faults:
     ) -> tuple[FaultKind, Mapping[str, float]] | None:
         if self._planned and (planned := self._next_planned(server, kinds, path)) is not None:
             return planned.kind, planned.how
-        if not self.rates:
+        if not self.rates or self._quiet:
             return None
         at = self._stream(server).random()
         for kind in kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
 from .faults import Faults
 from .lengths import Lengths, LogNormalLengths
-from .server import SimulatedServer, SimulatedServerSettings
+from .server import SimulatedServer
+from .settings import SimulatedServerSettings
+from .stream import SimulatedStream
 
 DEFAULT_LENGTHS = LogNormalLengths.with_tail(median=40, p99=360, longest=2000)
 
@@ -26,7 +28,8 @@ class Exchange(NamedTuple):
         time_s: When, on trio's clock.
         server: Its address.
         request: Method and path.
-        outcome: Empty for its arrival; else the status, or the name of the error.
+        outcome: Empty for its arrival; else the status, the name of the error, or ``left`` where a
+            client left a stream before its end.
         size_bytes: Of the request's body, or the answer's.
     """
 
@@ -110,12 +113,7 @@ class SimulatedFleet:
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> HttpResponse:
         """See ``Transport.request``."""
-        if self._closed:
-            raise UsageError("the simulated fleet is closed")
-        server = self._by_address.get(base_url)
-        if server is None:
-            await trio.lowlevel.checkpoint()
-            raise ConnectFailed(f"no simulated server has the address {base_url}")
+        server = await self._server_at(base_url)
         self._note(server, request, "", len(request.body))
         mishap = self.faults.on_exchange(server, request) if self.faults.active else None
         try:
@@ -139,13 +137,31 @@ class SimulatedFleet:
         *,
         headers: Sequence[tuple[str, str]] = (),
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
-    ) -> AsyncIterator[WholeStream]:
-        """See ``Transport.stream``. The whole answer arrives in one piece, at its end."""
-        yield WholeStream(
-            await self.request(
-                base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
-            )
-        )
+    ) -> AsyncIterator[SimulatedStream]:
+        """See ``Transport.stream``. The pieces arrive as they are made."""
+        server = await self._server_at(base_url)
+        self._note(server, request, "", len(request.body))
+        mishap = self.faults.on_exchange(server, request) if self.faults.active else None
+        size_bytes, outcome = 0, "left"
+        try:
+            async with server.stream(request, limits, headers, mishap, size_bytes_max) as stream:
+                yield stream
+                size_bytes = stream.size_bytes
+                outcome = str(stream.status) if stream.ended else outcome
+        except BaseException as exc:
+            outcome = type(exc).__name__
+            raise
+        finally:
+            self._note(server, request, outcome, size_bytes)
+
+    async def _server_at(self, base_url: str) -> SimulatedServer:
+        if self._closed:
+            raise UsageError("the simulated fleet is closed")
+        server = self._by_address.get(base_url)
+        if server is None:
+            await trio.lowlevel.checkpoint()
+            raise ConnectFailed(f"no simulated server has the address {base_url}")
+        return server
 
     async def aclose(self) -> None:
         """Refuse every further request. Those in flight end with the tasks that wait for them."""
@@ -160,29 +176,6 @@ class SimulatedFleet:
             self.trace.append(
                 Exchange(trio.current_time(), server.address, what, outcome, size_bytes)
             )
-
-
-class WholeStream:
-    """A streamed response that has arrived already."""
-
-    def __init__(self, response: HttpResponse) -> None:
-        self._response = response
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return self._response.status
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """Lower-case name to value."""
-        return self._response.headers
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, in one piece."""
-        await trio.lowlevel.checkpoint()
-        if self._response.body:
-            yield self._response.body
 
 
 @asynccontextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from ..config import RolloutConfig
+from ..errors import ConfigError
 from ..executor import WorkflowExecutor, open_executor
 from .faults import Faults
 from .fleet import DEFAULT_LENGTHS, SimulatedFleet, open_fleet
 from .lengths import Lengths
-from .server import SimulatedServerSettings
+from .script import EOS, LONGEST
+from .settings import SimulatedServerSettings
 
 
 @asynccontextmanager
@@ -33,9 +35,10 @@ async def simulated_executor(
         servers: How many default servers, or one record for each.
         lengths: Of the answers.
         seed: Of the lengths, and of the order within a batch unless ``config`` gives one.
-        faults: What goes wrong, in ``fleet.faults`` afterwards; None: nothing unasked.
+        faults: What goes wrong once the executor is there; then they are ``fleet.faults``. None:
+            nothing unasked.
         traced: Whether to keep every exchange in ``fleet.trace``.
-        config: Further fields of ``RolloutConfig``.
+        config: Further fields of ``RolloutConfig``; ``backend`` is the servers' dialect.
 
     Example:
         A test of a training loop, in milliseconds::
@@ -52,6 +55,18 @@ async def simulated_executor(
     async with open_fleet(
         servers, lengths=lengths, seed=seed, faults=faults, traced=traced
     ) as fleet:
-        settings = RolloutConfig(**{"seed": seed, **config, "servers": fleet.addresses})
-        async with open_executor(settings, transport=fleet) as executor:
+        settings = RolloutConfig(
+            **{"seed": seed, **_spoken_by(fleet), **config, "servers": fleet.addresses}
+        )
+        async with AsyncExitStack() as stack:
+            with fleet.faults.quiet():
+                executor = await stack.enter_async_context(open_executor(settings, transport=fleet))
             yield executor, fleet
+
+
+def _spoken_by(fleet: SimulatedFleet) -> dict[str, Any]:
+    """The dialect of the servers, and what has to be known of a model that speaks it."""
+    dialects = {server.settings.dialect for server in fleet}
+    if len(dialects) > 1:
+        raise ConfigError(f"one executor speaks one dialect, not {' and '.join(sorted(dialects))}")
+    return {"backend": dialects.pop(), "vocab_size": EOS + LONGEST} if dialects else {}

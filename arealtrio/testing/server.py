@@ -4,71 +4,39 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
-from ..checks import finite, integer
-from ..embedded.engine import Generation
+from ..embedded.http import Reply, json_bytes
+from ..embedded.sequence import Sequence as Sequence_
 from ..embedded.settings import ServerSettings
-from ..embedded.vllm_app import vllm_app
-from ..embedded.vllm_error import VllmError, engine_error
+from ..embedded.sglang_error import SglangError
+from ..embedded.vllm_error import VllmError
 from ..embedded.vllm_fields import decode_body
-from ..embedded.vllm_generate import COMPLETION, TOKENS, Kind, begin, json_response
-from ..embedded.vllm_response import Json
-from ..errors import ConfigError, ConnectFailed, TransportError, TransportTimeout
-from ..types import INT32_MAX, HttpRequest, HttpResponse, TimeLimits
+from ..errors import ConnectFailed, TransportError, TransportTimeout
+from ..transport import RESPONSE_SIZE_BYTES_MAX
+from ..types import HttpRequest, HttpResponse, TimeLimits
 from .asgi import ask
 from .clockwork import Pace, TimedEngine, TimedScheduler
+from .faces import face_of
 from .faults import Faults
 from .lengths import Lengths
 from .mishap import Mishap
 from .script import ScriptedModel, checkpoint
+from .settings import SimulatedServerSettings
+from .stream import Connection, Pieces, SimulatedStream
+
+T = TypeVar("T")
 
 MODEL_NAME = "simulated"
-_GENERATE: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generate": TOKENS}
 _ABORTS = ("/abort_request", "/abort_requests", "/inference/v1/abort_requests")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedServerSettings:
-    """What one simulated server is.
-
-    Args:
-        max_num_seqs: Sequences decoded at once; more wait in the server's queue.
-        token_time_s: Seconds of one decode step with one sequence, above 0.
-        batch_growth: By what share of that a step grows with each further sequence.
-        speed: Divides the time of a step; 0.5 is half as fast.
-        load_time_s: Seconds it takes to load weights.
-        latency_s: Seconds between a request's departure and its arrival.
-        max_model_len: Prompt and answer together at most, in tokens.
-
-    Raises:
-        ConfigError: If a value is out of its range.
-    """
-
-    max_num_seqs: int = 8
-    token_time_s: float = 0.02
-    batch_growth: float = 0.0
-    speed: float = 1.0
-    load_time_s: float = 0.0
-    latency_s: float = 0.0
-    max_model_len: int = 100_000
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_num_seqs", 1), ("max_model_len", 2)):
-            value = integer(name, getattr(self, name), least, INT32_MAX)
-            object.__setattr__(self, name, value)
-        for name in ("token_time_s", "speed", "batch_growth", "load_time_s", "latency_s"):
-            object.__setattr__(self, name, finite(name, getattr(self, name)))
-        for name in ("token_time_s", "speed"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be finite and above 0")
-        for name in ("batch_growth", "load_time_s", "latency_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be finite and not negative")
+_EVENT_STREAM = {"content-type": "text/event-stream"}
+_JSON = {"content-type": "application/json"}
 
 
 class ServerCondition(enum.Enum):
@@ -80,10 +48,10 @@ class ServerCondition(enum.Enum):
 
 
 class SimulatedServer:
-    """One inference server in memory: the embedded server's state machine and its vLLM face.
+    """One inference server in memory: the embedded server's state machine and its two faces.
 
-    Requests come in through ``request``, as from a transport. ``die``, ``hang`` and ``restart`` are
-    synchronous and act at once.
+    Requests come in through ``request`` and ``stream``, as from a transport. ``die``, ``hang``,
+    ``restart``, ``slow_down``, ``isolate`` and their opposites are synchronous and act at once.
 
     Args:
         address: Its base URL.
@@ -123,20 +91,22 @@ class SimulatedServer:
         self._rng = rng
         self._faults = faults
         self._unreached: trio.Event | None = None  # set when a partition ends
-        self._unnoticed: list[Generation] = []  # whose clients left during a partition
-        self._deaf_to: list[Generation] = []  # whose clients left, and whose abort is not done
-        self._connections: dict[trio.CancelScope, None] = {}  # open; a dict, because it is ordered
+        self._unnoticed: list[Reply] = []  # whose clients left during a partition
+        self._deaf_to: list[Reply] = []  # whose clients left, and whose abort is not done
+        self._connections: dict[Connection, None] = {}  # open; a dict, because it is ordered
         self._replaced = trio.Event()  # set: the engine is another one now
         self._boot()
 
     def _boot(self) -> None:
         """Begin anew: no request, the first weights, the default label."""
         settings = self.settings
-        self._face = ServerSettings(
+        shown = ServerSettings(
             weights=Path(checkpoint(0)),
             served_model_name=MODEL_NAME,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
+            dialect=settings.dialect,
+            incremental_streaming_output=True,
         )
         scheduler = TimedScheduler(
             self.pace,
@@ -146,6 +116,7 @@ class SimulatedServer:
             model=ScriptedModel(0),
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
+            event_tokens=settings.event_tokens,
         )
         self._unnoticed.clear()
         self._deaf_to.clear()
@@ -155,7 +126,7 @@ class SimulatedServer:
             on_load=lambda: self._faults.on_load(self),
             on_label=lambda asked: self._faults.on_label(self, asked),
         )
-        self._app = vllm_app(self._engine, self._face)
+        self._face = face_of(self._engine, shown)
 
     @property
     def scheduler(self) -> TimedScheduler:
@@ -180,8 +151,7 @@ class SimulatedServer:
     @property
     def orphans(self) -> int:
         """Sequences that it still works on although their clients have left, by a fault."""
-        left = (*self._unnoticed, *self._deaf_to)
-        return sum(not one.finished for generation in left for one in generation.sequences)
+        return sum(1 for _ in _unfinished((*self._unnoticed, *self._deaf_to)))
 
     @property
     def isolated(self) -> bool:
@@ -230,8 +200,8 @@ class SimulatedServer:
         self.outage += 1
         self._unreached.set()
         self._unreached = None
-        for generation in self._unnoticed:
-            self._engine.discard(generation)
+        for reply in self._unnoticed:
+            reply.release()
         self._unnoticed.clear()
 
     def mend(self) -> None:
@@ -244,7 +214,7 @@ class SimulatedServer:
     def _change(self, condition: ServerCondition) -> None:
         self._replace(condition)
         for connection in self._connections:
-            connection.cancel()
+            connection.cut()
 
     def _replace(self, condition: ServerCondition) -> None:
         self.outage += 1
@@ -278,17 +248,98 @@ class SimulatedServer:
             TransportTimeout: A limit passed.
             TransportError: It died or restarted meanwhile, or the mishap is a reset.
         """
+        with self._connection() as connection:
+            answer = await self._open(connection, request, limits, headers, mishap)
+            if isinstance(answer, HttpResponse):
+                return answer
+            return await self._drained(connection, answer)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        request: HttpRequest,
+        limits: TimeLimits,
+        headers: Sequence[tuple[str, str]] = (),
+        mishap: Mishap | None = None,
+        size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
+    ) -> AsyncIterator[SimulatedStream]:
+        """Answer one request piece by piece, each as soon as it is made.
+
+        Leaving the block before the end drops what it was working on.
+
+        Args:
+            request: What is asked.
+            limits: All of them count.
+            headers: Further headers, before the request's own.
+            mishap: What the answer meets on its way.
+            size_bytes_max: Largest body that the client takes.
+
+        Raises:
+            ConnectFailed: It is down.
+            TransportTimeout: A limit passed; so does the stream.
+            TransportError: It died or restarted meanwhile, or the mishap is a reset; so does the
+                stream.
+        """
+        deadline = trio.current_time() + limits.total_s
+        with self._connection() as connection:
+            answer = await self._open(connection, request, limits, headers, mishap)
+            bounds = (limits, deadline, size_bytes_max)
+            if isinstance(answer, HttpResponse):
+                pieces = Pieces(answer.body)
+                yield SimulatedStream(
+                    self.address, answer.status, answer.headers, pieces.next, *bounds
+                )
+                return
+            read = partial(self._on, connection, answer.next_events)
+            if mishap is not None:
+                read = partial(mishap.next_piece, read)
+            try:
+                yield SimulatedStream(self.address, 200, _EVENT_STREAM, read, *bounds)
+            finally:
+                self._close(answer)
+
+    async def _open(
+        self,
+        connection: Connection,
+        request: HttpRequest,
+        limits: TimeLimits,
+        headers: Sequence[tuple[str, str]],
+        mishap: Mishap | None,
+    ) -> HttpResponse | Reply:
+        """Return the whole answer, or that which will stream it."""
         name, seconds = _tightest(limits)
         with trio.move_on_after(seconds):
-            await self._connect(limits)
+            await self._connect(connection, limits)
             if mishap is not None and (refusal := mishap.refusal()) is not None:
                 return refusal
-            return await self._talk(request, headers, mishap)
+            answer = await self._on(connection, partial(self._respond, request, headers))
+            if mishap is not None and isinstance(answer, HttpResponse):
+                return await mishap.befall(answer)
+            return answer
         raise TransportTimeout(
             f"{self.address} did not answer within {name} = {seconds:g} s", limit=name
         )
 
-    async def _connect(self, limits: TimeLimits) -> None:
+    async def _drained(self, connection: Connection, reply: Reply) -> HttpResponse:
+        """A stream that nobody wanted to read as one."""
+        pieces = []
+        try:
+            while piece := await self._on(connection, reply.next_events):
+                pieces.append(piece)
+        finally:
+            self._close(reply)
+        return HttpResponse(200, _EVENT_STREAM, b"".join(pieces))
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        connection = Connection()
+        self._connections[connection] = None
+        try:
+            yield connection
+        finally:
+            del self._connections[connection]
+
+    async def _connect(self, connection: Connection, limits: TimeLimits) -> None:
         await trio.sleep(self.settings.latency_s)
         with trio.move_on_after(limits.connect_s) as connecting:
             await self._reach()
@@ -300,43 +351,45 @@ class SimulatedServer:
             )
         if self.condition is ServerCondition.DOWN:
             raise ConnectFailed(f"{self.address} refused the connection")
+        connection.is_cut = self.condition is ServerCondition.HUNG
 
     async def _reach(self) -> None:
         """Wait out a partition."""
         while self._unreached is not None:
             await self._unreached.wait()
 
-    async def _talk(
-        self, request: HttpRequest, headers: Sequence[tuple[str, str]], mishap: Mishap | None
-    ) -> HttpResponse:
-        """Answer on one connection, as long as the server lives that took it."""
-        if self.condition is ServerCondition.UP:
-            with trio.CancelScope() as connection:
-                self._connections[connection] = None
-                try:
-                    response = await self._answer(request, headers)
-                    if mishap is not None:
-                        response = await mishap.befall(response)
-                    await self._reach()
-                    return response
-                finally:
-                    del self._connections[connection]
+    async def _on(self, connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
+        """Do a part of an exchange, as long as the server lives that took the connection."""
+        if not connection.is_cut:
+            with trio.CancelScope() as connection.scope:
+                done = await work()
+                await self._reach()
+                return done
         await self._reach()
         if self.condition is ServerCondition.HUNG:
             await self._replaced.wait()
         raise TransportError(f"{self.address} reset the connection")
 
-    async def _answer(
+    async def _respond(
         self, request: HttpRequest, headers: Sequence[tuple[str, str]]
-    ) -> HttpResponse:
-        """Generate directly: it is what most requests ask, and the application costs thrice it."""
-        kind = _GENERATE.get(request.path)
-        if kind is None or request.method != "POST":
-            return await self._control(request, headers)
+    ) -> HttpResponse | Reply:
         try:
-            return await self._generate(kind, request)
-        except VllmError as exc:
-            return _json(exc.body, exc.status)
+            reply = self._face.open(request)
+            if reply is None:
+                return await self._control(request, headers)
+            self._count(1)
+            if reply.streamed:
+                return reply
+            return await self._whole(reply)
+        except (VllmError, SglangError) as exc:
+            return HttpResponse(exc.status, _JSON, json_bytes(exc.body))
+
+    async def _whole(self, reply: Reply) -> HttpResponse:
+        try:
+            await reply.wait()
+            return HttpResponse(200, _JSON, json_bytes(reply.answer()))
+        finally:
+            self._close(reply)
 
     async def _control(
         self, request: HttpRequest, headers: Sequence[tuple[str, str]]
@@ -345,42 +398,40 @@ class SimulatedServer:
             if not self._faults.on_lost_abort(self):
                 await trio.sleep_forever()  # the client's own limit ends it
             return HttpResponse(200, {}, b"")
-        return await ask(self._app, request, headers)
+        return await ask(self._face.app, request, headers)
 
     def _is_deaf_to(self, request: HttpRequest) -> bool:
         if request.path not in _ABORTS:
             return False
         body = decode_body(request.body)
         named = [str(body.get("rid", "")), *body.get("request_ids", ())]
-        left = [one for generation in self._deaf_to for one in generation.sequences]
-        return any(one.request_id in named for one in left if not one.finished)
+        return any(one.request_id in named for one in _unfinished(self._deaf_to))
 
-    async def _generate(self, kind: Kind, request: HttpRequest) -> HttpResponse:
-        body = decode_body(request.body)
-        header_id = next((v for n, v in request.headers if n.lower() == "x-request-id"), None)
-        generation, answer = begin(self._engine, self._face, kind, body, header_id)
-        self._count(1)
-        try:
-            await generation.wait_finished()
-        except trio.Cancelled:
-            self._part_from(generation)
-            raise
-        finally:
-            self._count(-1)
-        if generation.failed:
-            raise engine_error()
-        return _json(kind.whole(answer))
+    def _close(self, reply: Reply) -> None:
+        """An answer has been sent, or its client has left, which a faulty server does not notice.
 
-    def _part_from(self, generation: Generation) -> None:
-        """A client left before its generation ended; which a faulty server does not notice."""
-        if self.condition is not ServerCondition.UP or not generation.belongs_to(self._engine):
-            return  # it is the server that left
-        if self.isolated:
-            self._unnoticed.append(generation)
+        Then it works on, and lets go of it when it has made all of it.
+        """
+        self._count(-1)
+        generation = reply.generation
+        if generation is None or generation.finished or not generation.belongs_to(self._engine):
+            reply.release()
+        elif self.isolated:
+            self._keep(reply, self._unnoticed)
         elif self._faults.on_departure(self):
-            self._deaf_to.append(generation)
+            self._keep(reply, self._deaf_to)
         else:
-            self._engine.discard(generation)
+            reply.release()
+
+    def _keep(self, reply: Reply, among: list[Reply]) -> None:
+        def end() -> None:
+            reply.release()
+            if reply in among:
+                among.remove(reply)
+
+        assert reply.generation is not None
+        among.append(reply)
+        reply.generation.on_end = end
 
     def _count(self, change: int) -> None:
         self.generations += change
@@ -389,9 +440,11 @@ class SimulatedServer:
         self.on_change(self)
 
 
-def _json(body: Json, status: int = 200) -> HttpResponse:
-    response = json_response(body, status)
-    return HttpResponse(status, {"content-type": "application/json"}, bytes(response.body))
+def _unfinished(replies: Iterable[Reply]) -> Iterator[Sequence_]:
+    """The sequences that are still being made."""
+    for reply in replies:
+        if reply.generation is not None:
+            yield from (one for one in reply.generation.sequences if not one.finished)
 
 
 def _tightest(limits: TimeLimits) -> tuple[str, float]:

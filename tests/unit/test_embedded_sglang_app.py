@@ -96,15 +96,15 @@ class Knocks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._count = 0
         self._changed = trio.Event()
-        original = Gate.request
+        original = Gate.enter
 
-        def request(gate: Gate) -> AbstractAsyncContextManager[None]:
+        async def enter(gate: Gate) -> None:
             self._count += 1
             self._changed.set()
             self._changed = trio.Event()
-            return original(gate)
+            await original(gate)
 
-        monkeypatch.setattr(Gate, "request", request)
+        monkeypatch.setattr(Gate, "enter", enter)
 
     async def wait(self, count: int) -> None:
         while self._count < count:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -27,8 +30,16 @@ class Visitors:
         self._go[name].set()
         await wait_all_tasks_blocked()
 
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[None]:
+        await self.gate.enter()
+        try:
+            yield
+        finally:
+            self.gate.leave()
+
     async def _visit(self, name: str, kind: str) -> None:
-        async with self.gate.request() if kind == "request" else self.gate.load():
+        async with self._request() if kind == "request" else self.gate.load():
             self.inside.append(name)
             try:
                 await self._go[name].wait()

@@ -1,0 +1,89 @@
+"""Both dialects in memory: what asks for tokens is taken directly, the rest by the application.
+
+Nothing is decided here: ``Reply`` is the embedded server's own, and so are its applications. Most
+requests ask for tokens, and going through the application costs thrice as much.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..embedded.engine import Engine
+from ..embedded.http import Reply
+from ..embedded.settings import ServerSettings
+from ..embedded.sglang_app import sglang_app
+from ..embedded.sglang_frontend import Frontend
+from ..embedded.sglang_generate import Reply as SglangReply
+from ..embedded.sglang_request import GenerateBody, decode
+from ..embedded.vllm_app import vllm_app
+from ..embedded.vllm_fields import decode_body
+from ..embedded.vllm_generate import COMPLETION, TOKENS, Kind, begin
+from ..types import HttpRequest
+from .asgi import AsgiApp
+
+_KINDS: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generate": TOKENS}
+
+
+class Face(Protocol):
+    """How a server speaks.
+
+    Attributes:
+        app: Answers every route.
+    """
+
+    app: AsgiApp
+
+    def open(self, request: HttpRequest) -> Reply | None:
+        """Take a request for tokens; None where it is something else, for ``app``.
+
+        Raises:
+            VllmError: It is refused.
+            SglangError: It is refused.
+        """
+
+
+class VllmFace:
+    """See ``Face``.
+
+    Args:
+        engine: Generates.
+        settings: Names and limits.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self.app: AsgiApp = vllm_app(engine, settings)
+        self._engine = engine
+        self._settings = settings
+
+    def open(self, request: HttpRequest) -> Reply | None:
+        """See ``Face``."""
+        kind = _KINDS.get(request.path)
+        if kind is None or request.method != "POST":
+            return None
+        header_id = next((v for n, v in request.headers if n.lower() == "x-request-id"), None)
+        return begin(self._engine, self._settings, kind, decode_body(request.body), header_id)
+
+
+class SglangFace:
+    """See ``Face``.
+
+    Args:
+        engine: Generates.
+        settings: Names and limits.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self._front = Frontend.of(engine, settings)
+        self.app: AsgiApp = sglang_app(engine, settings, self._front)
+
+    def open(self, request: HttpRequest) -> Reply | None:
+        """See ``Face``."""
+        if request.path != "/generate" or request.method != "POST":
+            return None
+        return SglangReply(self._front, decode(request.body, GenerateBody))
+
+
+def face_of(engine: Engine, settings: ServerSettings) -> Face:
+    """The face of the dialect that the settings name."""
+    face = SglangFace if settings.dialect == "sglang" else VllmFace
+    return face(engine, settings)

@@ -1,0 +1,83 @@
+"""A trio whose runs can be repeated: one seed, one order of tasks, no waiting."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import trio
+from trio.testing import MockClock
+
+from ..errors import UsageError
+
+T = TypeVar("T")
+
+TIME_LIMIT_S: Final = 100_000.0
+_HOOKS: Final = ("_ALLOW_DETERMINISTIC_SCHEDULING", "_r")
+
+
+@contextmanager
+def repeatable_schedule(seed: int = 0) -> Iterator[random.Random]:
+    """Let every ``trio.run`` that begins in the block take its tasks in an order the seed gives.
+
+    trio shuffles the tasks that are ready, so that no program relies on their order. This keeps the
+    shuffle and makes it repeatable, by trio's own hooks for tests, which are private to it.
+
+    Args:
+        seed: Of the order; another one is another schedule.
+
+    Raises:
+        UsageError: This version of trio has other hooks.
+    """
+    run: Any = trio._core._run
+    if not all(hasattr(run, hook) for hook in _HOOKS):
+        raise UsageError(f"the schedule of trio {trio.__version__} can not be repeated")
+    before = [getattr(run, hook) for hook in _HOOKS]
+    schedule = random.Random(seed)
+    _set(run, (True, schedule))
+    try:
+        yield schedule
+    finally:
+        _set(run, before)
+
+
+def _set(run: Any, values: Any) -> None:
+    for hook, value in zip(_HOOKS, values, strict=True):
+        setattr(run, hook, value)
+
+
+def run_virtually(
+    function: Callable[..., Awaitable[T]],
+    *args: object,
+    seed: int = 0,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> T:
+    """Run an async function on a clock that jumps to whatever happens next, and return its result.
+
+    Hours pass in milliseconds, and the same seed gives the same run, as long as the function starts
+    no thread and asks no other source of time or chance.
+
+    Args:
+        function: What to run.
+        args: Its arguments.
+        seed: Of the schedule. Give the fleet the same.
+        time_limit_s: Virtual seconds after which it is taken for a deadlock.
+
+    Raises:
+        trio.TooSlowError: It did not end within ``time_limit_s``.
+        Exception: What the function raises, with a note that says how to repeat the run.
+    """
+
+    async def main() -> T:
+        with trio.fail_after(time_limit_s):
+            return await function(*args)
+
+    try:
+        with repeatable_schedule(seed):
+            return trio.run(main, clock=MockClock(autojump_threshold=0))
+    except BaseException as exc:
+        name = getattr(function, "__qualname__", repr(function))
+        exc.add_note(f"seed={seed}; repeat with run_virtually({name}, …, seed={seed})")
+        raise
