@@ -86,7 +86,8 @@ class RolloutConfig:
             the system's. For more (client certificates, another authority for each server), pass
             ``open_engine`` an ``HttpTransport(ssl_context=…)``.
         max_consecutive_failures: Groups that may fail in a row before ``prepare_batch`` ends with
-            TooManyFailures. Choose it above the prompts in flight that one dead server can fail.
+            TooManyFailures. A group counts once, as it settles; one that its policy saved does not.
+            Choose it above the prompts in flight that one dead server can fail.
             ``wait`` and ``rollout_batch`` return each failure to their caller instead.
         max_failure_ratio: Share of failures among the last ``failure_window`` groups above which
             ``prepare_batch`` ends with TooManyFailures. 1 is never.

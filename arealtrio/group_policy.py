@@ -4,6 +4,10 @@
 ``at_least`` goes on with the rest: the missing members are absent from the batch, never imputed.
 ``replace`` runs the member again and keeps the others: dropping a group of n for one infrastructure
 failure of probability p wastes 1 − (1 − p)ⁿ of all work, a third at p = 5 %, n = 8.
+
+The failure budget (``max_consecutive_failures``) counts a group once, as it settles. One that its
+policy saved is no failure, or a policy against frequent failures would end the run that it keeps
+going; what its members failed of is in ``Group.member_failures``.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ class GroupPolicy:
 
         Args:
             max_retries: Times that a group with a failed or expired member is run again as a whole.
+                A workflow that always fails is run so many times more before the failure budget
+                ends the call.
 
         Raises:
             ConfigError: If ``max_retries`` is negative.

@@ -171,6 +171,7 @@ class GroupTask:
             permit_version=self.permit.version if self.permit else -1,
             prompt_id=self.prompt_id,
             task_id=self.task_id,
+            member_failures=self.member_failures,
         )
 
 

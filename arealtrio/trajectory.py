@@ -52,6 +52,8 @@ class Group:
         task_id: Of the submission.
         members: The rows of each member, in the members' order. A member may have several rows, or
             none where it was rejected alone; the group has at least one.
+        member_failures: What members failed of that the group's policy went on without or ran
+            again, in the order they did; the executor's ``Failure`` records.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Group:
     prompt_id: str
     task_id: str
     members: tuple[tuple[Trajectory, ...], ...]
+    member_failures: tuple[Any, ...] = ()
     _span: tuple[int, int] | None = field(init=False, repr=False)  # of its generated tokens
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Group:
         permit_version: int,
         prompt_id: str,
         task_id: str,
+        member_failures: tuple[Any, ...] = (),
     ) -> Self:
         """Return a group whose rows carry its ``prompt_id`` and their ``member_index``.
 
@@ -87,6 +91,7 @@ class Group:
             permit_version: As in the class.
             prompt_id: As in the class.
             task_id: As in the class.
+            member_failures: As in the class.
 
         Raises:
             UsageError: If no member has a row.
@@ -103,6 +108,7 @@ class Group:
             prompt_id=prompt_id,
             task_id=task_id,
             members=stamped,
+            member_failures=member_failures,
         )
 
     def __len__(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from arealtrio.batching import FAILURES_KEPT, BatchStream
 from arealtrio.delivery import PermitOrder
 from arealtrio.errors import StalenessBudgetExhausted, TooManyFailures, UsageError
 from arealtrio.executor import WorkflowExecutor
+from arealtrio.group_policy import GroupPolicy
 from arealtrio.testing import simulated_executor
 from arealtrio.trajectory import Batch
 from arealtrio.types import Outcome
@@ -367,6 +369,59 @@ async def test_failures_are_consecutive_only_if_nothing_else_settles_between(
         loader = prompts()
         for _ in range(5):
             assert len(await step(executor, loader, Instant(decide))) == 4
+
+
+def fails_first(times: int) -> Callable[[Prompt], Any]:
+    """The first ``times`` attempts at each prompt fail."""
+    attempts: Counter[int] = Counter()
+
+    def decide(prompt: Prompt) -> Any:
+        attempts[prompt["prompt_id"]] += 1
+        if attempts[prompt["prompt_id"]] <= times:
+            raise ValueError("told to")
+        return "accept"
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    ("policy", "times"),
+    [
+        (GroupPolicy.all(max_retries=2), 2),
+        (GroupPolicy.replace(max_replacements=2), 2),
+        (GroupPolicy.at_least(1), 1),
+    ],
+)
+async def test_a_group_that_its_policy_saved_is_no_failure_but_tells_of_its_members(
+    policy: GroupPolicy, times: int, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=4, max_consecutive_failures=2) as (
+        executor,
+        _,
+    ):
+        workflow, loader = Instant(fails_first(times)), prompts()
+        for _ in range(5):
+            batch = await step(executor, loader, workflow, group_size=2, group_policy=policy)
+            assert batch.failures == ()
+            for group in batch.groups:
+                told = [type(failure.error) for failure in group.member_failures]
+                assert told in ([ValueError], [ValueError] * times)  # or its sibling came too late
+
+
+async def test_a_group_that_fails_at_last_is_one_failure_however_often_it_ran(
+    autojump_clock: Clock,
+) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=1, max_consecutive_failures=3, max_concurrent_rollouts=1
+    ) as (executor, _):
+        workflow = Instant(raises(ValueError("told to")))
+        with pytest.raises(TooManyFailures) as caught:
+            await executor.prepare_batch(
+                prompts(), workflow, group_policy=GroupPolicy.all(max_retries=4)
+            )
+        assert len(caught.value.exceptions) == 3
+        assert workflow.runs >= 3 * 5
+        assert workflow.runs % 5 == 0 or executor.counts.running
 
 
 async def test_one_bad_prompt_in_350_costs_nothing_but_itself(autojump_clock: Clock) -> None:
