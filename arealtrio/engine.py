@@ -155,7 +155,7 @@ class RemoteEngine:
         try:
             while not generation.finished:
                 before = generation.failovers
-                await self._run_segment(generation)
+                await self._run_on_one_server(generation)
                 generation.lease = generation.arrived = None
                 setbacks = setbacks + 1 if generation.failovers > before else 0
                 if setbacks > 1:  # not at once again: what is wrong may be wrong everywhere
@@ -231,26 +231,49 @@ class RemoteEngine:
             )
         return min(room, gconfig.max_new_tokens)
 
-    # --- one segment ---------------------------------------------------------------------------
+    # --- on one server -------------------------------------------------------------------------
 
-    async def _run_segment(self, generation: Generation) -> None:
+    async def _run_on_one_server(self, generation: Generation) -> None:
+        """Run segments in one slot until the answer ends, or goes on elsewhere."""
         asked = trio.current_time()
-        adapter_name = generation.request.gconfig.lora_name
-        with (
-            await self.pool.lease(
-                exclude=generation.failed_on,
-                min_version=generation.lowest_admissible_version,
-                prefer=generation.server or self._affinity.home(generation.session),
-                at_head=generation.under_way,
-                origin=generation.origin,
-            ) as lease,
-            self.pool.adapters.using(adapter_name) as adapter,
-        ):
-            if self.pool.adapters.is_versioned(adapter_name):
-                lease.adapter_version = self.pool.version
+        with await self.pool.lease(
+            exclude=generation.failed_on,
+            min_version=generation.lowest_admissible_version,
+            prefer=generation.server or self._affinity.home(generation.session),
+            at_head=generation.under_way,
+            origin=generation.origin,
+        ) as lease:
             generation.wait_s += trio.current_time() - asked
             if not generation.under_way:
                 self._affinity.settle(generation.session, lease.server.address)
+            while await self._run_segment(generation, lease) and self._stays(generation, lease):
+                self._tally.joints_kept += 1
+
+    def _stays(self, generation: Generation, lease: Lease) -> bool:
+        """Whether a generation goes on in its slot, whoever waits: its prefix is cached there.
+
+        It gives it up where its server takes no requests now, or has more than it may, and where
+        another has so much less to do that computing the prefix again is worth it.
+        """
+        if generation.finished:
+            return False
+        least = generation.lowest_admissible_version
+        if not self.pool.renew(lease, least):
+            return False
+        idler = self.pool.clearly_idler(lease.server, least)
+        if idler is not None:
+            generation.server = idler
+            self._tally.joints_moved += 1
+        return idler is None
+
+    # --- one segment ---------------------------------------------------------------------------
+
+    async def _run_segment(self, generation: Generation, lease: Lease) -> bool:
+        """Ask for a segment and take it; False where its server failed it."""
+        adapter_name = generation.request.gconfig.lora_name
+        with self.pool.adapters.using(adapter_name) as adapter:
+            if self.pool.adapters.is_versioned(adapter_name):
+                lease.adapter_version = self.pool.version
             segment = generation.next_segment(self.config, lease, adapter)
             arrived = self._parser_for(lease.server, generation)
             generation.lease, generation.arrived = lease, arrived
@@ -262,10 +285,11 @@ class RemoteEngine:
                 self.pool.failed(lease.server, exc)
                 self._salvage(generation, lease, segment, arrived, exc)
                 self._fail_over(generation, lease.server, exc)
-                return
+                return False
         self.pool.succeeded(lease.server)
         if generation.stop_reason == "abort" and not generation.finished:
             self._check_interruptions(generation)
+        return True
 
     def _parser_for(self, server: Server, generation: Generation) -> StreamParser | None:
         """Where a streamed answer is collected; None to ask for it in one piece.

@@ -147,7 +147,7 @@ class Lease:
         slot: The slot.
 
     Attributes:
-        version: The server's weight version when the lease was granted.
+        version: The server's weight version when the lease was granted, or renewed.
         base_version: That of its base model.
         adapter_version: The pool's version when the request named a versioned adapter; None where
             it names none.
@@ -166,12 +166,16 @@ class Lease:
 
     def __init__(self, pool: ServerPool, server: Server, slot: HeldSlot) -> None:
         self.server = server
-        self.version = server.version
-        self.base_version = server.base_version
-        self.adapter_version: int | None = None
-        self.labelled = server.labelled
         self._pool = pool
         self._slot = slot
+        self.pin()
+
+    def pin(self) -> None:
+        """Note what the server has now, for what it is about to be asked."""
+        self.version = self.server.version
+        self.base_version = self.server.base_version
+        self.adapter_version: int | None = None
+        self.labelled = self.server.labelled
 
     def release(self) -> None:
         """Give the slot back.
@@ -334,6 +338,43 @@ class ServerPool:
             exclude, min_version, prefer, at_head=at_head, origin=origin
         )
         return Lease(self, self._servers[slot.address], slot)
+
+    def renew(self, lease: Lease, min_version: int) -> bool:
+        """Hold a slot for a next request, if the server takes one now and has not too many.
+
+        Args:
+            lease: What it has now is pinned anew.
+            min_version: As in ``lease``.
+
+        Returns:
+            Whether the slot may be used again; it is held either way.
+        """
+        server = lease.server
+        ready = server.state is ServerState.READY and server.version >= min_version
+        if not ready or self.outstanding(server) > server.allowed:
+            return False
+        lease.pin()
+        return True
+
+    def clearly_idler(self, server: Server, min_version: int) -> str | None:
+        """The address of a server with so much less to do that it pays to move a request there.
+
+        A request that moves has its prefix computed again, so the other has to be less loaded by
+        half of what a server may have, this request counted. It would not move back after that.
+        """
+        if not self._policy.free():
+            return None
+        least, least_load = None, self._load_of(server) - 0.5
+        for other in self._servers.values():
+            if other.state is not ServerState.READY or other.version < min_version:
+                continue
+            load = self._load_of(other, 1)
+            if other is not server and load <= min(least_load, 1):
+                least, least_load = other.address, load
+        return least
+
+    def _load_of(self, server: Server, more: int = 0) -> float:
+        return (self.outstanding(server) + more) / max(server.allowed, 1)
 
     def answered(self, origin: Origin, tokens: int) -> None:
         """An answer has ended, with so many tokens: what is expected of its prompt may change."""

@@ -16,6 +16,8 @@ class Tally:
     tokens_kept: int = 0
     tokens_regenerated: int = 0
     tokens_lost: int = 0
+    joints_kept: int = 0
+    joints_moved: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class EngineStatistics:
         tokens_regenerated: Tokens made again after a fail-over, at most. How far a server was that
             died without a word is not known, so this is what replaced its answer.
         tokens_lost: Tokens that came and could not be used.
+        joints_kept: Segments that went on in the slot of the one before, where the prefix is.
+        joints_moved: Segments that went on elsewhere, because a server had clearly less to do.
         affinity_hits: Requests that ran on the server that holds their session's prefix.
         affinity_spills: Requests whose session's server was full, so that they ran elsewhere.
         affinity_moves: Sessions that moved to another server.
@@ -43,6 +47,8 @@ class EngineStatistics:
     tokens_kept: int
     tokens_regenerated: int
     tokens_lost: int
+    joints_kept: int
+    joints_moved: int
     affinity_hits: int
     affinity_spills: int
     affinity_moves: int

@@ -46,7 +46,7 @@ from .stream import (
 )
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
 from .versions import read_label, read_spans
-from .vllm_chat import chat_fields, parse_chat, post_chat
+from .vllm_chat import CHAT_ROUTE, chat_fields, parse_chat
 from .vllm_choice import SERVER, Choice, stop_reason_of
 from .vllm_weights import RESET_CACHE, VllmWeights
 
@@ -226,7 +226,7 @@ class VllmDialect(VllmWeights):
         headers = (("X-Request-Id", segment.request_id),)
         if segment.messages:
             question |= _sampling(segment, info) | chat_fields(segment.messages)
-            return post_chat(question, headers)
+            return body.post(CHAT_ROUTE, question, headers)
         if info.token_in_token_out:
             question["token_ids"] = _ids(segment)
             question["sampling_params"] = _token_route_sampling(segment, info)

@@ -11,8 +11,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from ..errors import InvalidRequest, ProtocolError
-from ..types import HttpRequest, HttpResponse
+from ..errors import ProtocolError
+from ..types import HttpResponse
 from . import body
 from .dialect import SegmentResponse
 from .experts import read_npy
@@ -53,20 +53,6 @@ def chat_fields(messages: tuple[Any, ...]) -> dict[str, Any]:
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-
-
-def post_chat(question: dict[str, Any], headers: tuple[tuple[str, str], ...]) -> HttpRequest:
-    """Ask.
-
-    Raises:
-        InvalidRequest: If the messages hold what JSON can not write.
-    """
-    try:
-        return body.post(CHAT_ROUTE, question, headers)
-    except TypeError as exc:
-        raise InvalidRequest(
-            "messages hold an object that JSON can not write; give images as URLs"
-        ) from exc
 
 
 def parse_chat(response: HttpResponse) -> SegmentResponse:

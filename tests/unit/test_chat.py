@@ -117,7 +117,7 @@ def test_a_chat_asks_for_what_the_recording_asked_for() -> None:
 
 
 def test_messages_that_json_can_not_write_are_the_callers_mistake() -> None:
-    with pytest.raises(InvalidRequest, match="give images as URLs"):
+    with pytest.raises(InvalidRequest, match="can not be written as JSON"):
         VLLM.generate(segment([{"role": "user", "content": object()}]), ServerInfo())
 
 
