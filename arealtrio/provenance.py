@@ -34,6 +34,7 @@ def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tupl
     _check_belief(pool, lease, answer.versions)
     for span in answer.versions:
         if span.version is None:
+            _check_unlabelled(lease)
             exact = False
             continue
         _check_span(pool, lease, span)
@@ -58,6 +59,15 @@ def _check_belief(pool: ServerPool, lease: Lease, spans: Sequence[VersionSpan]) 
             pool.mark_stale(server, words)
             pool.cut_off(server)
         raise ProtocolError(f"{server.address}: {words}; its tokens are dropped")
+
+
+def _check_unlabelled(lease: Lease) -> None:
+    """Drop tokens of a server that had our label when it was asked: it restarted since."""
+    if lease.labelled:
+        raise ProtocolError(
+            f"{lease.server.address} reports tokens of weights without our label, which it had: it "
+            "was restarted, and they are of its first weights; its tokens are dropped"
+        )
 
 
 def _check_span(pool: ServerPool, lease: Lease, span: VersionSpan) -> None:

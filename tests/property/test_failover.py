@@ -219,6 +219,10 @@ def check_questions(
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(EVENTS, st.sampled_from([None, 1000, 40, 7]))
 @example([Event(0.0, "update keep", 0), Event(1.0, "restart", 1)], None)  # in a busy moment
+@example(  # an update reaches the new process while it makes tokens with its first weights
+    [Event(0.0, "update keep", 0), Event(1.0, "restart", 0), Event(0.02, "rolling update", 0)],
+    None,
+)
 def test_every_interleaving_gives_what_an_undisturbed_server_gives(
     events: list[Event], segment_tokens: int | None
 ) -> None:
