@@ -52,7 +52,8 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="Write nothing but errors.")
 def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     """Train a tiny model by asynchronous RL on this machine, in seconds."""
-    if json_path is not None and not json_path.parent.is_dir():
+    # os.path's, which says no of a name that is too long, where pathlib's raises.
+    if json_path is not None and not os.path.isdir(json_path.parent):
         raise click.BadParameter(f"there is no directory {json_path.parent}", param_hint="--json")
     _make_directory(values["keep_weights"], "--keep-weights")
     try:

@@ -7,6 +7,7 @@ there is no baseline the value itself, in its unit.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -205,9 +206,12 @@ def line(row: Row) -> str:
 
 @click.command()
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where to write the rows.")
-@click.option("--only", multiple=True, help="One question, by its name; may be repeated.")
+@click.option("--only", multiple=True, type=click.Choice([q.__name__ for q in QUESTIONS]),
+              help="One question; may be repeated.")  # fmt: skip
 def main(path: Path | None, only: tuple[str, ...]) -> None:
     """Measure everything once, print the table, and write it down."""
+    if path is not None and not os.path.isdir(path.parent):  # said before minutes of work
+        raise click.BadParameter(f"there is no directory {path.parent}", param_hint="--json")
     rows = {}
     click.echo(f"{'':<46} {'ratio':>10} {'target':>8}")
     for question in QUESTIONS:

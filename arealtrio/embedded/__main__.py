@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,17 @@ from .serve import main
 from .settings import DialectName, ServerSettings
 
 
+class Seconds(click.FloatRange):
+    """Seconds of at least 0, which neither ``nan`` nor ``inf`` are."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read them."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 @click.command()
 @click.option("--weights", type=click.Path(path_type=Path),
               help="Directory of the first weights. Default: a random model.")  # fmt: skip
@@ -27,7 +39,7 @@ from .settings import DialectName, ServerSettings
 @click.option("--served-model-name", default="tiny", show_default=True)
 @click.option("--max-num-seqs", type=click.IntRange(1), default=8, show_default=True,
               help="Sequences decoded at once.")  # fmt: skip
-@click.option("--token-time-s", type=click.FloatRange(0), default=0.0, show_default=True,
+@click.option("--token-time-s", type=Seconds(0), default=0.0, show_default=True,
               help="Seconds of a decode step.")  # fmt: skip
 @click.option("--max-model-len", type=click.IntRange(2), default=2048, show_default=True,
               help="Prompt and answer, tokens.")  # fmt: skip
@@ -38,7 +50,7 @@ from .settings import DialectName, ServerSettings
               show_default=True)  # fmt: skip
 @click.option("--incremental-streaming-output", is_flag=True,
               help="SGLang: events of a stream hold the new tokens alone.")  # fmt: skip
-@click.option("--health-time-s", default=0.0, show_default=True,
+@click.option("--health-time-s", type=Seconds(0), default=0.0, show_default=True,
               help="SGLang: seconds of a health check; 1 as in a real server.")  # fmt: skip
 @click.option("--fragile", is_flag=True,
               help="SGLang: die of requests that kill a real server.")  # fmt: skip
@@ -50,8 +62,10 @@ def command(exit_with_parent: bool, weights: Path | None, **values: Any) -> None
         with _first_weights(weights, values["seed"]) as directory:
             settings = ServerSettings(weights=directory, **values)
             code = main(settings, on_listening=_announce, exit_with_parent=exit_with_parent)
-    except (ConfigError, OSError, ValueError) as exc:
-        raise click.ClickException(str(exc)) from exc
+    except ConfigError as exc:
+        raise click.UsageError(str(exc)) from exc
+    except (OSError, ValueError) as exc:
+        raise click.ClickException(" ".join(str(exc).split())) from exc
     sys.exit(code)
 
 

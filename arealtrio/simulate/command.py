@@ -28,6 +28,7 @@ from .options import (
     positive_seconds,
     read_axes,
     seconds,
+    share,
 )
 from .outcome import Outcome, Step
 from .plan import Plan
@@ -52,7 +53,7 @@ _STDOUT = Path("-")
 @click.option("--trace", type=TRACE,
               help="Recorded lengths instead, JSON Lines: a number, or {\"tokens\": …, "
               "\"prompt_id\": …}, or AReaL's rollout dump.")  # fmt: skip
-@click.option("--prompt-share", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+@click.option("--prompt-share", type=share, default=0.5, show_default=True,
               help="Share of the lengths' log-variance that answers to one prompt have in "
               "common.")  # fmt: skip
 @click.option("--prompts", type=click.IntRange(1),

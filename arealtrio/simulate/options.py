@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..checks import shown
 from ..errors import ConfigError
 from .answers import FixedAnswers, LogNormalAnswers, RecordedAnswers
 from .servers import ServerKind, fleet
@@ -17,6 +18,7 @@ from .servers import ServerKind, fleet
 AXES_MAX = 2
 SETTINGS_MAX = 1000
 UNBOUNDED = "inf"
+DIGITS_MAX = 15
 
 
 class _Converted(click.ParamType[Any]):
@@ -69,8 +71,8 @@ class _Staleness(_Converted):
         """Return the bound; None is none."""
         if text == UNBOUNDED:
             return None
-        if not (text.isascii() and text.isdecimal()):
-            raise ConfigError(f"{text!r} is no whole number of at least 0, nor inf")
+        if not (text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX):
+            raise ConfigError(f"{shown(text)} is no whole number of at least 0, nor inf")
         return int(text)
 
 
@@ -86,6 +88,7 @@ class _Finite(click.FloatRange):
 
 FLEET, LENGTHS, TRACE, STALENESS = _Fleet(), _Lengths(), _Trace(), _Staleness()
 seconds = _Finite(0)
+share = _Finite(0, 1)
 positive_seconds = _Finite(0, min_open=True)
 
 
