@@ -51,6 +51,8 @@ from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
 from .wire.vllm_areal import ArealVllmDialect
 
+UNAVAILABLE = 503  # not now (RFC 9110 §15.6.4): the request was not begun
+
 
 class RemoteEngine:
     """Generates on a pool of inference servers.
@@ -156,10 +158,14 @@ class RemoteEngine:
             while not generation.finished:
                 before = generation.failovers
                 await self._run_on_one_server(generation)
-                generation.lease = generation.arrived = None
+                generation.lease = None
                 setbacks = setbacks + 1 if generation.failovers > before else 0
                 if setbacks > 1:  # not at once again: what is wrong may be wrong everywhere
                     await trio.sleep(self._backoff_s(setbacks))
+        except BaseException:
+            self._tally.tokens_discarded += generation.count
+            self._tally.tokens_lost += generation.arrived.count if generation.arrived else 0
+            raise
         finally:
             progress.ended(generation)
         self.pool.answered(generation.origin, generation.count)
@@ -277,13 +283,22 @@ class RemoteEngine:
             segment = generation.next_segment(self.config, lease, adapter)
             arrived = self._parser_for(lease.server, generation)
             generation.lease, generation.arrived = lease, arrived
+            answer: SegmentResponse | None = None
             try:
-                self._take(generation, lease, segment, await self._ask(lease, segment, arrived))
+                answer = await self._ask(lease, segment, arrived)
+                self._take(generation, lease, segment, answer)
+                generation.arrived = None
             except ResponseTooLarge:  # it would be as large anywhere
                 raise
             except (TransportError, ServerError, ProtocolError) as exc:
+                generation.arrived = None
                 self.pool.failed(lease.server, exc)
-                self._salvage(generation, lease, segment, arrived, exc)
+                if answer is not None:
+                    self._lose(generation, len(answer.token_ids))
+                elif arrived is None:
+                    generation.expect_again(_made_at_most(segment, exc))
+                else:
+                    self._salvage(generation, lease, segment, arrived, exc)
                 self._fail_over(generation, lease.server, exc)
                 return False
         self.pool.succeeded(lease.server)
@@ -321,26 +336,26 @@ class RemoteEngine:
         count = len(answer.token_ids)
         if answer.routed_experts is not None or not count:
             return answer, versions
-        self._tally.tokens_lost += count
-        generation.redo = max(generation.redo, count)
+        self._lose(generation, count)
         nothing = dataclasses.replace(
             answer, token_ids=answer.token_ids[:0], logprobs=answer.logprobs[:0], versions=()
         )
         return nothing, versions[:0]
+
+    def _lose(self, generation: Generation, count: int) -> None:
+        """Count tokens that came and can not be used; others are made in their place."""
+        self._tally.tokens_lost += count
+        generation.expect_again(count)
 
     def _salvage(
         self,
         generation: Generation,
         lease: Lease,
         segment: SegmentRequest,
-        arrived: StreamParser | None,
+        arrived: StreamParser,
         error: RolloutError,
     ) -> None:
-        """Keep what a failed server had streamed; note what has to be made again."""
-        if arrived is None:
-            unsent = isinstance(error, TransportError) and not error.request_sent
-            generation.redo = max(generation.redo, 0 if unsent else segment.max_new_tokens)
-            return
+        """Keep what a failed server had streamed, or note that it has to be made again."""
         if not arrived.count:
             return
         try:
@@ -349,8 +364,7 @@ class RemoteEngine:
                 return
         except ProtocolError as exc:  # they do not fit what it has: older weights, too many
             error.add_note(f"what it had streamed was dropped: {exc}")
-        self._tally.tokens_lost += arrived.count
-        generation.redo = max(generation.redo, arrived.count)
+        self._lose(generation, arrived.count)
 
     def _may_keep(self, generation: Generation, server: Server, error: RolloutError) -> bool:
         """Whether streamed tokens are what they seem, and a generation can go on from them.
@@ -464,6 +478,13 @@ class RemoteEngine:
                 "Pause with mode='keep'"
                 + ("" if generation.request.messages else ", or set allow_inexact_resume=True")
             ) from cause
+
+
+def _made_at_most(segment: SegmentRequest, error: RolloutError) -> int:
+    """Tokens that a server may have made that failed without a word on them."""
+    never_began = isinstance(error, TransportError) and not error.request_sent
+    refused = isinstance(error, ServerError) and error.status == UNAVAILABLE
+    return 0 if never_began or refused else segment.max_new_tokens
 
 
 def _is_event_stream(headers: Mapping[str, str]) -> bool:

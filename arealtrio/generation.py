@@ -189,6 +189,10 @@ class Generation:
             )
         self.experts.take(answer.routed_experts, tokens, server)
 
+    def expect_again(self, count: int) -> None:
+        """So many tokens, at most, have to be made again: the next ones are not new."""
+        self.redo = max(self.redo, count)
+
     def made_again(self, count: int) -> int:
         """Of ``count`` new tokens, those that replace some that were made before, at most."""
         again = min(self.redo, count)

@@ -16,6 +16,7 @@ class Tally:
     tokens_kept: int = 0
     tokens_regenerated: int = 0
     tokens_lost: int = 0
+    tokens_discarded: int = 0
     joints_kept: int = 0
     joints_moved: int = 0
 
@@ -32,7 +33,10 @@ class EngineStatistics:
         tokens_kept: Tokens that generations had at their fail-overs, and did not make again.
         tokens_regenerated: Tokens made again after a fail-over, at most. How far a server was that
             died without a word is not known, so this is what replaced its answer.
-        tokens_lost: Tokens that came and could not be used.
+        tokens_lost: Tokens that came and could not be used: their server broke its word on them, or
+            they were streamed to a generation that could not go on from them, or was cancelled.
+        tokens_discarded: Tokens of generations that ended without an answer, cancelled or failed.
+            The answers hold ``tokens_generated - tokens_discarded``.
         joints_kept: Segments that went on in the slot of the one before, where the prefix is.
         joints_moved: Segments that went on elsewhere, because a server had clearly less to do.
         affinity_hits: Requests that ran on the server that holds their session's prefix.
@@ -47,6 +51,7 @@ class EngineStatistics:
     tokens_kept: int
     tokens_regenerated: int
     tokens_lost: int
+    tokens_discarded: int
     joints_kept: int
     joints_moved: int
     affinity_hits: int

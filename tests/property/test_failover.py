@@ -263,12 +263,15 @@ async def run(events: list[Event], segment_tokens: int | None) -> None:
             assert engine.pool.waiting == 0
             assert all(row.outstanding == 0 for row in engine.statistics())
             told = engine.pool.newest_told
+            totals = engine.totals()
         await trio.testing.wait_all_tasks_blocked()
         for simulated in fleet:  # I9
             assert simulated.generations == 0
             assert not simulated.scheduler.running
             assert not simulated.scheduler.waiting
     assert len(answers) == GENERATIONS
+    assert totals.tokens_generated - totals.tokens_discarded == GENERATIONS * LENGTH
+    assert totals.tokens_discarded == 0
     budget = 16384
     for answer in answers:
         check_answer(answer, told)
