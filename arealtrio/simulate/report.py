@@ -101,9 +101,9 @@ def _summary(plan: Plan, outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield (
         "a step",
         (
-            f"{outcome.step_s:,.1f} s: waiting {outcome.trainer_wait_s:,.1f} s "
-            f"({outcome.trainer_wait:.0%}), training {plan.training_s:,.1f} s, "
-            f"new weights {outcome.update_s:,.1f} s"
+            f"{outcome.step_s:,.1f} s: {outcome.trainer_wait_s:,.1f} waiting "
+            f"({outcome.trainer_wait:.0%}), {plan.training_s:,.1f} training, "
+            f"{outcome.update_s:,.1f} for new weights"
         ),
     )
     kinds = ", ".join(f"{kind} {used:.0%}" for kind, used in outcome.utilisation_by_kind.items())

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import trio
-from trio.testing import MockClock
 
 from ..rows import trajectory_from_response
-from ..testing import checkpoint, simulated_executor
+from ..testing import checkpoint, run_virtually, simulated_executor
 from ..trajectory import Batch
 from ..types import GenerationHyperparameters, ModelRequest, Trajectory
 from ..weights import WeightUpdate
 from ..workflow import Engine
 from .occupancy import Occupancy
 from .outcome import Outcome, Step
-from .plan import SIMULATED_MAX, Plan
+from .plan import NEVER_S, SIMULATED_MAX, Plan
 
 _PROMPT = [1, 2, 3]  # of what length does not matter: ``latency_s`` is what its prefill takes
 
@@ -27,7 +26,7 @@ def simulate(
     moments: list[Step] | None = None,
     on_change: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Run a plan in simulated time.
+    """Run a plan in simulated time. The same plan gives the same outcome.
 
     Args:
         plan: What to run.
@@ -36,7 +35,8 @@ def simulate(
         on_change: Called whenever a request began or ended on a server; must be quick.
     """
     moments = [] if moments is None else moments
-    trio.run(_Run(plan, moments, on_change).main, clock=MockClock(autojump_threshold=0))
+    run = _Run(plan, moments, on_change)
+    run_virtually(run.main, seed=plan.seed, time_limit_s=NEVER_S)
     outcome = Outcome.of(plan, moments)
     assert outcome is not None  # warm_up is below steps
     return outcome

@@ -65,7 +65,7 @@ def test_the_report_of_one_setting() -> None:
     text = "\n".join(lines([setting(outcome())]))
     for words in (
         "5,310 tokens/s, 4.41 rollouts/s",
-        "62.0 s: waiting 15.5 s (25%), training 60.0 s, new weights 2.0 s",
+        "62.0 s: 15.5 waiting (25%), 60.0 training, 2.0 for new weights",
         "93% of all slots (4x8@50 91%, 4x24@80 95%)",
         "1,203 tokens on average",
         "3 groups trained on all the same, 1,234 given up",

@@ -109,6 +109,12 @@ def test_no_bound_means_that_servers_never_stop() -> None:
     assert outcome.oldest > 2
 
 
+def test_a_plan_has_one_outcome_and_another_seed_another() -> None:
+    given = plan(answers=TAIL, max_staleness=2, servers=fleet("2x3@100,1x2@50"))
+    assert simulate(given) == simulate(given)
+    assert simulate(given) != simulate(replace(given, seed=1))
+
+
 def test_prompts_come_again_after_an_epoch() -> None:
     given = plan(answers=LogNormalAnswers(100, 900, prompt_share=1), steps=6, warm_up=0)
     outcome = simulate(replace(given, prompts=4))  # each batch is the epoch
