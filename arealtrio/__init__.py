@@ -10,6 +10,7 @@ from .errors import (
     ConnectFailed,
     DeadlineExceeded,
     InvalidRequest,
+    LedgerError,
     NoServerAvailable,
     ProtocolError,
     RequestRejected,
@@ -33,6 +34,7 @@ from .errors import (
 )
 from .executor import WorkflowExecutor, open_executor
 from .group_policy import GroupPolicy
+from .ledger import Ledger, LedgerStatistics, open_ledger
 from .reward import AsyncRewardWrapper, ProcessReward, RewardOutcome, RewardPool
 from .rows import RowBuilder
 from .scheduling import (
@@ -80,6 +82,9 @@ __all__ = [
     "InvalidRequest",
     "LeastRequestPolicy",
     "LeastRequestPrioritySchedulePolicy",
+    "Ledger",
+    "LedgerError",
+    "LedgerStatistics",
     "MemberStatus",
     "ModelRequest",
     "ModelResponse",
@@ -133,4 +138,5 @@ __all__ = [
     "WorkflowExecutor",
     "open_engine",
     "open_executor",
+    "open_ledger",
 ]

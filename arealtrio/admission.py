@@ -93,6 +93,16 @@ class Admission:
             self.staleness.on_rollout_enqueued()
             self._queue.append(group)
 
+    def restore(self, count: int) -> None:
+        """Count groups that were accepted before a restart, and take their budget."""
+        for _ in range(count):
+            self.counts.enqueue()
+            self.counts.start()
+            self.counts.settle(Outcome.ACCEPTED, was_running=True)
+            self.staleness.on_rollout_enqueued()
+            self.staleness.on_rollout_submitted()
+            self.staleness.on_rollout_accepted()
+
     def withdraw(self, group: GroupTask) -> None:
         """Let no further member of a group start."""
         if not group.admitted:

@@ -14,6 +14,7 @@ from .delivery import PermitOrder
 from .failures import FailureBudget
 from .groups import GroupTask
 from .lateness import expired, is_bounded
+from .recording import Recording
 from .trajectory import Batch
 
 
@@ -27,6 +28,7 @@ class BatchAssembly:
         failures: Spent, it ends a call.
         consumption: Is told of what leaves.
         requeue: Queues a group again that was accepted, and may do so no more often than it says.
+        recording: Is told what becomes of batches; None where no ledger is kept.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class BatchAssembly:
         failures: FailureBudget,
         consumption: Consumption,
         requeue: Callable[[GroupTask], bool],
+        recording: Recording | None = None,
     ) -> None:
         self._config = config
         self._order = order
@@ -44,6 +47,7 @@ class BatchAssembly:
         self._failures = failures
         self._consumption = consumption
         self._requeue = requeue
+        self._recording = recording
         self._is_bounded = is_bounded(config)
         self._stream: BatchStream | None = None
         self._untold: Batch | None = None  # no groups, but failures after an epoch's last batch
@@ -62,6 +66,7 @@ class BatchAssembly:
                 self._config.consumer_batch_size,
                 self._consumption.charge_place,
                 self._config.max_consecutive_rejections,
+                None if self._recording is None else self._recording.open_feed(loader),
             )
             if self._untold is not None:
                 self._stream.tell_again(self._untold)
@@ -79,7 +84,10 @@ class BatchAssembly:
         Raises:
             TooManyFailures: A budget is spent, and no batch is ready.
             StalenessBudgetExhausted: If no batch can be had before the next version.
+            LedgerError: While the ledger can not be written.
         """
+        if self._recording is not None:
+            self._recording.check()
         size = self._config.consumer_batch_size
         ready = stream.places.ready >= size
         if not ready:
@@ -114,6 +122,8 @@ class BatchAssembly:
         """End an epoch with an empty batch. What failed since the last one is told in the next."""
         self._consumption.take_places(stream.give_up_places())
         self._stream, self._untold = None, stream.batch((), version)
+        if self._recording is not None:
+            self._recording.end_epoch()
         return Batch(groups=(), version=version)
 
     def _release(self, stream: BatchStream, count: int, version: int) -> Batch:
@@ -122,12 +132,15 @@ class BatchAssembly:
         self._consumption.take(groups, version - self._config.max_staleness)
         self._consumption.take_places(count - len(groups))  # charged for when they were rejected
         shuffled = [groups[i] for i in self._shuffle.permutation(len(groups))]
-        return stream.batch(shuffled, version)
+        batch = stream.batch(shuffled, version)
+        return batch if self._recording is None else self._recording.delivered(batch)
 
     def give_back(self, batch: Batch) -> bool:
         """Return a batch that did not reach its consumer; say whether a later one delivers it."""
         if self._stream is None:
             return False
+        if self._recording is not None:
+            self._recording.returned(batch)
         for group in batch.groups:
             self._stream.places.put(group)
         self._stream.tell_again(batch)
@@ -149,7 +162,11 @@ class BatchAssembly:
         for group, task in old:
             if task is not None and self._requeue(task):
                 self._stream.unsettled += 1
+                if self._recording is not None:
+                    self._recording.reopen(group.task_id)
             else:
                 self._stream.failed(expired(group, version))
                 self._admission.discard_accepted()
+                if self._recording is not None:
+                    self._recording.close(group.task_id)
         return bool(old)

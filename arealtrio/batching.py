@@ -33,6 +33,7 @@ class BatchStream:
         size: Groups in a batch.
         charge: Takes one place from the staleness budget for good.
         max_rejections: Groups that may be rejected in a row; None is any number.
+        feed: Reads the loader; None makes one.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class BatchStream:
         size: int,
         charge: Callable[[], None],
         max_rejections: int | None = None,
+        feed: LoaderFeed | None = None,
     ) -> None:
-        self.feed = LoaderFeed(loader)
+        self.feed = LoaderFeed(loader) if feed is None else feed
         # Of the batches to come: the accepted groups, and rejected ones that count.
         self.places: DeliveryQueue[Group | RolloutResult] = DeliveryQueue(order)
         self.unsettled = 0
@@ -73,6 +75,11 @@ class BatchStream:
         elif result.outcome is not Outcome.CANCELLED:
             self.failed(result)
             self._count_rejected(result)
+
+    def restore(self, task: GroupTask, group: Group) -> None:
+        """A group waits for its batch that settled before a restart, as that task."""
+        self._tasks[group.task_id] = task
+        self.places.put(group)
 
     def _count_rejected(self, result: RolloutResult) -> None:
         """Let a rejected group take a place of a dynamic batch, but for the last one.

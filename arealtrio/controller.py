@@ -27,6 +27,7 @@ from .errors import RolloutClosed, RolloutCrashed, UsageError
 from .executor import WorkflowExecutor, open_executor
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, WorkflowLike
+from .ledger import LedgerStatistics
 from .loader import Prompt
 from .servers import ServerStatistics
 from .settlement import RolloutResult
@@ -443,7 +444,11 @@ class RolloutController:
         arguments = RolloutArguments.of(
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
-        stream = self._ask(lambda executor: executor.stream_of(dataloader, dynamic_batch_size))
+        if self.config.ledger_path is not None:
+            self._call(self._live.begin)
+        stream = self._ask(
+            lambda executor: executor.stream_of(dataloader, arguments, dynamic_batch_size)
+        )
         while True:
             step = self._next_step(stream)
             if isinstance(step, Batch):
@@ -498,6 +503,33 @@ class RolloutController:
             except StopIteration:
                 return
             yield batch
+
+    # --- the ledger --------------------------------------------------------------------------
+
+    def ack(self, batch: Batch) -> None:
+        """Say that a checkpoint holds what this batch taught. See ``WorkflowExecutor.ack``."""
+        executor = self._live
+        self._call(lambda: executor.ack(batch))
+
+    def state_dict(self, batch: Batch | None = None) -> dict[str, Any]:
+        """Return what a checkpoint has to hold. See ``WorkflowExecutor.state_dict``.
+
+        The data loader is asked for its state in this thread.
+        """
+        executor = self._live
+        self._call(executor.begin)
+        place = self._ask(lambda executor: executor.recording).place()
+        version = self.get_version()
+        state = self._call(lambda: executor.recording.state_dict(version, batch))
+        return {**state, **place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after a checkpoint; before anything. See ``WorkflowExecutor.load_state_dict``."""
+        self._ask(lambda executor: executor.load_state_dict(state))
+
+    def ledger_statistics(self) -> LedgerStatistics:
+        """The ledger's numbers at this moment: what was restored, and what is to be trimmed."""
+        return self._ask(lambda executor: executor.recording.ledger.statistics())
 
     # --- version, pause, numbers -------------------------------------------------------------
 

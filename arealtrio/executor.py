@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -23,7 +24,9 @@ from .errors import UsageError
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, GroupTask, WorkflowLike
 from .lateness import expired, is_older
+from .ledger import Ledger
 from .loader import Prompt
+from .recording import Recording, open_recording
 from .results import ResultPool
 from .server_face import ServerFace
 from .settlement import RolloutResult
@@ -48,6 +51,7 @@ class WorkflowExecutor(ServerFace):
         nursery: Where rollouts run.
         staleness_manager: Admits; None makes one from ``config``. It must be the only owner of
             admission for its servers: two levels of counting deadlock.
+        recording: Keeps the ledger; None where there is none.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class WorkflowExecutor(ServerFace):
         engine: RemoteEngine,
         nursery: trio.Nursery,
         staleness_manager: StalenessManager | None = None,
+        recording: Recording | None = None,
     ) -> None:
         super().__init__(config, engine, nursery, staleness_manager)
         self._results = ResultPool(self._order)
@@ -67,7 +72,11 @@ class WorkflowExecutor(ServerFace):
             self._failures,
             self._consumption,
             self._requeue_accepted,
+            recording,
         )
+        self._recording = recording
+        if recording is not None:
+            recording.ledger.on_trouble = self._waiting.notify
         self._resolve = ArgumentResolver()
         self._ids = itertools.count()
 
@@ -326,11 +335,14 @@ class WorkflowExecutor(ServerFace):
                 or ``max_consecutive_rejections`` were rejected.
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
+            LedgerError: If what happened can not be made durable; nothing is delivered meanwhile.
         """
         arguments = RolloutArguments.of(
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
-        stream = self.stream_of(dataloader, dynamic_batch_size)
+        if self._recording is not None:
+            await self.begin()
+        stream = self.stream_of(dataloader, arguments, dynamic_batch_size)
         while True:
             step = await self.next_step(stream)
             if isinstance(step, Batch):
@@ -353,22 +365,29 @@ class WorkflowExecutor(ServerFace):
         arguments = (dataloader, workflow, workflow_kwargs, should_accept_fn, group_size)
         return Batches(self, (*arguments, group_policy, dynamic_batch_size))
 
-    def stream_of(self, dataloader: DataLoader, dynamic: bool = False) -> BatchStream:
+    def stream_of(
+        self, dataloader: DataLoader, arguments: RolloutArguments, dynamic: bool = False
+    ) -> BatchStream:
         """The stream of a data loader: the one under way, or a new epoch.
 
         ``stream_of``, ``next_step`` and ``feed`` are the steps of ``prepare_batch``, apart so that
         the synchronous face can iterate the data loader in the trainer's own thread.
         """
         self._check_open()
-        return self._assembly.stream_of(dataloader, dynamic=dynamic)
+        stream = self._assembly.stream_of(dataloader, dynamic=dynamic)
+        if self._recording is not None:
+            self._restore(self._recording, stream, arguments)
+        return stream
 
     def feed(
         self, stream: BatchStream, prompts: Sequence[Prompt], arguments: RolloutArguments
     ) -> None:
         """Queue prompts that were read for a stream."""
-        groups = [
-            arguments.group(self._new_task_id(), prompt, stream.deliver) for prompt in prompts
-        ]
+        recording = self._recording
+        deliver = stream.deliver if recording is None else recording.deliver_to(stream)
+        groups = [arguments.group(self._new_task_id(), prompt, deliver) for prompt in prompts]
+        if recording is not None:
+            recording.taken(groups)
         stream.unsettled += len(groups)
         self._enqueue(groups)
 
@@ -409,6 +428,89 @@ class WorkflowExecutor(ServerFace):
         if self._assembly.give_back(batch):
             self._waiting.notify()
 
+    # --- the ledger --------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger that is kept; None where ``ledger_path`` names none."""
+        return None if self._recording is None else self._recording.ledger
+
+    @property
+    def recording(self) -> Recording:
+        """What keeps the ledger.
+
+        Raises:
+            UsageError: If none is kept.
+        """
+        if self._recording is None:
+            raise UsageError("no ledger is kept: name its file with ledger_path in the config")
+        return self._recording
+
+    async def begin(self) -> None:
+        """Decide where a run with a ledger goes on, if that is not decided; see ``recover``."""
+        restored = await self.recording.begin(self.get_version())
+        self._admission.restore(restored)
+
+    def _restore(
+        self, recording: Recording, stream: BatchStream, arguments: RolloutArguments
+    ) -> None:
+        """Let a stream go on with what was left of it by a run that was killed."""
+        deliver = recording.deliver_to(stream)
+        queued = []
+        for entry in recording.entries():
+            task = arguments.group(self._new_task_id(), entry.prompt, deliver)
+            recording.adopt(task, entry)
+            if entry.group is None:
+                queued.append(task)
+            else:
+                stream.restore(task, replace(entry.group, task_id=task.task_id))
+        stream.unsettled += len(queued)
+        self._enqueue(queued)
+
+    async def ack(self, batch: Batch) -> None:
+        """Say that a checkpoint on the disk was trained on this batch, and all before it.
+
+        The ledger forgets them, but for what ``ledger_checkpoints`` keeps. Durable on return.
+
+        Raises:
+            UsageError: If no ledger is kept, or it has not delivered this batch.
+            LedgerError: If the ledger can not be written; then it does not count.
+        """
+        await self.recording.ack(batch)
+
+    async def state_dict(self, batch: Batch | None = None) -> dict[str, Any]:
+        """Return what the trainer's checkpoint has to hold for ``load_state_dict``.
+
+        It names the last batch that was trained on, the version, and where the data loader is; all
+        that it relies on is durable on return. Plain data, if the loader's own state is.
+
+        Args:
+            batch: The last one that the weights in the checkpoint were trained on. None is the last
+                one delivered; a trainer that takes batches ahead has to say.
+
+        Raises:
+            UsageError: If no ledger is kept, or the batch is none of its, or an earlier one.
+            LedgerError: If the ledger can not be written; then there is no checkpoint to make.
+        """
+        await self.begin()
+        place = self.recording.place()  # first: what is taken by now is durable then
+        return {**await self.recording.state_dict(self.get_version(), batch), **place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the checkpoint that holds this state; before anything else.
+
+        Batches after the one that it names are not trained, whether they were acknowledged or not.
+        Call ``recover`` next, with the checkpoint's version and weights.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            UsageError: If no ledger is kept, the run has begun, or it is no such state.
+            LedgerError: If it is not of this ledger, or too old.
+        """
+        self.recording.load_state_dict(state)
+
     # --- version, pause ----------------------------------------------------------------------
 
     async def set_version(self, version: int) -> None:
@@ -422,9 +524,10 @@ class WorkflowExecutor(ServerFace):
         """Go on where a trainer that was restarted left off; before anything else is started.
 
         Nothing starts before every server has the version, so no token is made by weights, or under
-        a label, from before the restart. What is submitted meanwhile is queued. No rollout of the
-        run before comes back: its budget counts as consumed, ``version * consumer_batch_size``
-        groups, as it would be had the trainer never stopped.
+        a label, from before the restart. What is submitted meanwhile is queued. The budget of the
+        run before counts as consumed, ``version * consumer_batch_size`` groups, as it would be had
+        the trainer never stopped. No rollout of it comes back but by a ledger, whose finished ones
+        count as accepted besides.
 
         Args:
             version: Of the trainer's checkpoint.
@@ -432,7 +535,9 @@ class WorkflowExecutor(ServerFace):
                 only the label is to be set.
 
         Raises:
-            UsageError: If something was started or consumed, or ``update`` is of another version.
+            UsageError: If something was started or consumed, or ``update`` is of another version;
+                or if the state that was loaded is of a newer one.
+            LedgerError: If the ledger can not be read, or not go back so far.
             WeightUpdateError: If fewer than ``min_updated`` servers took them. Then, as after a
                 cancellation, nothing starts before another call succeeds.
         """
@@ -442,14 +547,20 @@ class WorkflowExecutor(ServerFace):
             raise UsageError(f"recover({version}) was given an update to {update.version}")
         if self.counts.submitted > self.counts.queued or self._consumption.groups:
             raise UsageError("recover comes first: rollouts were started already")
+        if self._recording is not None:
+            self._recording.check_version(version)
         self._admission.recovering = True
         result = await update_weights(self.engine.pool, update)
-        self._recovered(version)
+        await self._recovered(version)
         return result
 
-    def _recovered(self, version: int) -> None:
+    async def _recovered(self, version: int) -> None:
+        restored = 0
+        if self._recording is not None:
+            restored = await self._recording.begin(version)
         self._admission.recovering = False
-        self.staleness_manager.on_version_recovered(version)
+        self._admission.restore(restored)
+        self.staleness_manager.on_version_recovered(version, restored)
         self._consumption.recover(version)
         self._changed()
 
@@ -464,7 +575,7 @@ class WorkflowExecutor(ServerFace):
         self._check_open()
         result = await update_weights(self.engine.pool, update)
         if self._admission.recovering:
-            self._recovered(result.version)
+            await self._recovered(result.version)
             return result
         self._consumption.charge_for(result.version)  # before what is discarded lets others start
         self._expire_results(result.version)
@@ -518,6 +629,7 @@ async def open_executor(
     *,
     transport: Transport | None = None,
     staleness_manager: StalenessManager | None = None,
+    ledger: Ledger | None = None,
 ) -> AsyncIterator[WorkflowExecutor]:
     """Connect to the servers and run rollouts for the length of the block.
 
@@ -528,16 +640,21 @@ async def open_executor(
         config: Limits and policies.
         transport: How bytes travel; None makes one and closes it.
         staleness_manager: Admits; None makes one.
+        ledger: Open, and the caller's to close; None opens what ``ledger_path`` names, if any.
 
     Raises:
+        LedgerError: If the ledger can not be opened; or, at the end, not be written.
         NoServerAvailable: If a server is not ready within ``setup_timeout_s``.
         RolloutCrashed: If our own side broke; the cause is attached.
     """
-    async with open_engine(config, transport=transport) as engine:
+    async with (
+        open_recording(config, ledger) as recording,
+        open_engine(config, transport=transport) as engine,
+    ):
         left_with: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
-                executor = WorkflowExecutor(config, engine, nursery, staleness_manager)
+                executor = WorkflowExecutor(config, engine, nursery, staleness_manager, recording)
                 try:
                     with watch_slow_steps(nursery, config.slow_step_warning_s) as between_steps:
                         executor._between_steps = between_steps

@@ -192,12 +192,14 @@ class Batch:
         failures: The records of what settled otherwise since the batch before, as the executor
             writes them; the newest, where they are very many.
         failures_omitted: How many older ones ``failures`` does not hold.
+        number: Of this batch in the ledger, from 0; None where none is kept.
     """
 
     groups: tuple[Group, ...]
     version: int
     failures: tuple[Any, ...] = ()
     failures_omitted: int = 0
+    number: int | None = None
 
     def __len__(self) -> int:
         """The groups."""

@@ -155,9 +155,9 @@ class Ledger:
         return number
 
     def take_back(self, number: int) -> None:
-        """The last batch did not reach the trainer; its groups wait again."""
-        assert number == self._last_batch, (number, self._last_batch)
-        self._last_batch -= 1
+        """A batch did not reach the trainer; its groups wait again."""
+        if number == self._last_batch:  # else it stays a batch, of nothing
+            self._last_batch -= 1
         self._tell(("return", (number,)))
 
     def _tell(self, operation: Operation, size_bytes: int = 0) -> None:

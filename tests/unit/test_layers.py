@@ -28,7 +28,8 @@ TOP = (
     ("executor",),
     ("server_face",),
     ("assembly", "rollouts"),
-    ("admission", "arguments", "batching", "consumption", "results", "status"),
+    ("recording",),
+    ("admission", "arguments", "batching", "consumption", "recorded_feed", "results", "status"),
     ("lateness",),
     ("groups",),
     ("delivery", "failures", "group_policy", "loader", "rollout_engine", "settlement"),
@@ -82,7 +83,7 @@ DOORS = {
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime "
         "waiting engine weights supervision servers pressure leases transport reward workflow "
-        "embedded testing watch stall adapters lora memory simulate ledger"
+        "embedded testing watch stall adapters lora memory simulate ledger recording"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",
