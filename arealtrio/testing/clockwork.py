@@ -420,8 +420,8 @@ class TimedEngine(Engine):
         super().set_version(self._on_label(label))
 
     def unix_time(self) -> float:
-        """The virtual clock's: that of the machine would make no two runs the same."""
-        return trio.current_time()
+        """The virtual clock's, 0 before its run: the machine's would make no two runs the same."""
+        return trio.current_time() if trio.lowlevel.in_trio_run() else 0.0
 
     def _follow(self, generation: Generation) -> None:
         for sequence in generation.sequences:
