@@ -136,9 +136,9 @@ class WorkflowExecutor(ServerFace):
     def _new_task_id(self, task_id: str | None = None) -> str:
         self._check_open()
         if task_id is None:
-            while self._in_use(task_id := f"rollout-{next(self._ids)}"):
+            while self._in_use(new := f"rollout-{next(self._ids)}"):
                 pass
-            return task_id
+            return new
         if self._in_use(task_id):
             raise UsageError(f"task id {task_id!r} is in use; nothing was submitted")
         return task_id
@@ -170,23 +170,19 @@ class WorkflowExecutor(ServerFace):
         def poll() -> list[RolloutResult] | None:
             if queue.has_ready(count):
                 return self._took(self._results.take(count, is_eval=is_eval), is_eval=is_eval)
-            self._check_can_come(count, is_eval=is_eval)
+            coming = self._results.coming(is_eval=is_eval)
+            if coming < count:
+                raise UsageError(
+                    f"wait({count}) would never end: {len(queue)} results are there and "
+                    f"{coming - len(queue)} are under way"
+                )
+            if not is_eval:
+                self._admission.check_budget()
             return None
 
         return await self._wait_within(
             timeout_s, poll, lambda: f"{queue.ready} of {count} results were there"
         )
-
-    def _check_can_come(self, count: int, *, is_eval: bool) -> None:
-        coming = self._results.coming(is_eval=is_eval)
-        if coming < count:
-            there = len(self._results.of(is_eval=is_eval))
-            raise UsageError(
-                f"wait({count}) would never end: {there} results are there and "
-                f"{coming - there} are under way"
-            )
-        if not is_eval:
-            self._admission.check_budget()
 
     async def wait_for_task(self, task_id: str, timeout_s: float | None = None) -> RolloutResult:
         """Wait for one submission's result, and take it; ``wait`` does not get it meanwhile.
@@ -656,8 +652,8 @@ async def open_executor(
             async with trio.open_nursery() as nursery:
                 executor = WorkflowExecutor(config, engine, nursery, staleness_manager, recording)
                 try:
-                    with watch_slow_steps(nursery, config.slow_step_warning_s) as between_steps:
-                        executor._between_steps = between_steps
+                    with watch_slow_steps(nursery, config.slow_step_warning_s) as watch:
+                        executor._watch = watch
                         yield executor
                 except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
                     left_with = exc

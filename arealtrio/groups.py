@@ -49,6 +49,25 @@ CANCELLED = Verdict(Outcome.CANCELLED)
 ALL_MEMBERS = GroupPolicy.all()
 
 
+class Member:
+    """One member of a group while it runs.
+
+    Args:
+        scope: Cancels it.
+        started: When it got its slot, on trio's clock.
+
+    Attributes:
+        engine: That it generates with; None before its first step.
+    """
+
+    __slots__ = ("engine", "scope", "started")
+
+    def __init__(self, scope: trio.CancelScope, started: float) -> None:
+        self.scope = scope
+        self.started = started
+        self.engine: RolloutEngine | None = None
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class GroupTask:
     """One submission: what to run, what has run, and how it ends.
@@ -87,14 +106,14 @@ class GroupTask:
     requeued: int = 0  # times that it went back into the queue, without
     prompt_id: str = field(init=False)  # as the data loader named it, else the task's id
     to_start: tuple[int, ...] = field(init=False)  # indices of members
-    running: dict[int, trio.CancelScope] = field(default_factory=dict)
-    engines: dict[int, RolloutEngine] = field(default_factory=dict)  # of those that run
-    rows: dict[int, tuple[Trajectory, ...]] = field(default_factory=dict)
+    running: dict[int, Member] = field(default_factory=dict)
+    rows: tuple[tuple[Trajectory, ...], ...] = field(init=False)  # of each that succeeded
     member_failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         self.prompt_id = str(self.data.get("prompt_id", self.task_id))
         self.to_start = tuple(range(self.size))
+        self.rows = ((),) * self.size
 
     def __str__(self) -> str:
         return f"{self.task_id} (prompt {self.prompt_id})"
@@ -113,7 +132,8 @@ class GroupTask:
         """Count a member as started, set its deadline, and return its index."""
         index = self.to_start[0]
         self.to_start = self.to_start[1:]
-        self.running[index] = trio.CancelScope(deadline=trio.current_time() + timeout_s)
+        now = trio.current_time()
+        self.running[index] = Member(trio.CancelScope(deadline=now + timeout_s), now)
         return index
 
     def take_result(self, index: int, result: object) -> Verdict:
@@ -124,13 +144,13 @@ class GroupTask:
         """
         if result is None:
             return REJECTED
-        self.rows[index] = rows_from_result(result)
+        rows = rows_from_result(result)
+        self.rows = (*self.rows[:index], rows, *self.rows[index + 1 :])
         return ACCEPTED
 
     def member_ended(self, index: int, verdict: Verdict) -> None:
         """Count a member as ended; one that did not succeed is the policy's business."""
         del self.running[index]
-        self.engines.pop(index, None)
         if verdict.outcome is Outcome.ACCEPTED or self.stopped:
             return
         if verdict.failure is not None:
@@ -153,20 +173,20 @@ class GroupTask:
             self.verdict = verdict
         self.stopped = True
         self.to_start = ()
-        for scope in self.running.values():
-            scope.cancel()
+        for member in self.running.values():
+            member.scope.cancel()
 
     def begin_again(self) -> None:
         """Forget what its members did; all of them are to be run once more."""
         self.verdict, self.stopped = ACCEPTED, False
         self.lost = self.replaced = 0
-        self.rows.clear()
+        self.rows = ((),) * self.size
         self.to_start = tuple(range(self.size))
 
     def accepted(self) -> Group:
         """The group as the trainer gets it; a member that was lost has no rows."""
         return Group.of(
-            [self.rows.get(index, ()) for index in range(self.size)],
+            self.rows,
             number=self.number if self.number is not None else -1,
             permit_version=self.permit.version if self.permit else -1,
             prompt_id=self.prompt_id,

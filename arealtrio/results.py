@@ -40,7 +40,8 @@ class ResultPool:
 
     def coming(self, *, is_eval: bool) -> int:
         """Results that ``wait`` can ever take as things are: those here, and those under way."""
-        return len(self.of(is_eval=is_eval)) + self._under_way[is_eval]
+        queue = self._evaluation if is_eval else self._training
+        return len(queue) + self._under_way[is_eval]
 
     def expect(self, group: GroupTask) -> None:
         """A group was submitted, and will be delivered."""
@@ -59,7 +60,7 @@ class ResultPool:
         if result.number is None:
             return  # withdrawn before it was admitted, which only closing does: nobody can ask
         self._held[result.task_id] = is_eval
-        self.of(is_eval=is_eval).put(result)
+        (self._evaluation if is_eval else self._training).put(result)
 
     def take(self, count: int, *, is_eval: bool) -> list[RolloutResult]:
         """Remove the first ``count`` results; never more than are ready."""

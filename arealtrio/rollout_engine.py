@@ -18,13 +18,12 @@ class RolloutEngine:
         min_version: The version of the permit; 0 where there is none.
         prompt_id: Of the rollout's prompt.
         session: Of requests that name none: the members of a group share their prompt.
-        started: When the rollout did, on trio's clock.
 
     Attributes:
         progress: Of its generations, for ``status``; None before the first.
     """
 
-    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session", "progress", "started")
+    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session", "progress")
 
     def __init__(
         self,
@@ -32,13 +31,11 @@ class RolloutEngine:
         min_version: int,
         prompt_id: str,
         session: str,
-        started: float = 0.0,
     ) -> None:
         self._engine = engine
         self._min_version = min_version
         self._prompt_id = prompt_id
         self._session = session
-        self.started = started
         self.progress: Progress | None = None
 
     def agenerate(self, request: ModelRequest, /) -> Coroutine[Any, Any, ModelResponse]:

@@ -31,6 +31,7 @@ from .status import AdmissionStatus, ExecutorStatus, members_of
 from .trajectory import Group
 from .types import FailureKind, Outcome
 from .waiting import WaitList, time_limit
+from .watch import StepWatch
 
 T = TypeVar("T")
 
@@ -77,8 +78,7 @@ class RolloutNursery:
         self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
         nursery.start_soon(self._alarm.run, name="stall alarm")
         self._is_bounded = is_bounded(config)
-        # Called as a rollout's first step begins and its last ends; see ``watch``.
-        self._between_steps: Callable[[], None] = _nobody_watches
+        self._watch: StepWatch | None = None
 
     @property
     def counts(self) -> RolloutCounts:
@@ -123,6 +123,8 @@ class RolloutNursery:
     # --- starting --------------------------------------------------------------------------------
 
     def _enqueue(self, groups: Iterable[GroupTask]) -> None:
+        if self._watch is not None:
+            self._watch.called()
         for group in groups:
             self._live[group.task_id] = group
             self._admission.enqueue(group)
@@ -143,15 +145,17 @@ class RolloutNursery:
 
     async def _run_member(self, group: GroupTask, index: int) -> None:
         """Run one rollout in its own cancel scope, and record how it ended, whatever happens."""
-        self._between_steps()
+        watch = self._watch
+        if watch is not None:
+            watch.between_steps()
         verdict = CANCELLED
-        scope = group.running[index]
+        member = group.running[index]
+        scope = member.scope
         try:
             with scope:
                 version = group.permit.version if group.permit else 0
-                engine = group.engines[index] = RolloutEngine(
-                    self.engine, version, group.prompt_id, group.task_id, trio.current_time()
-                )
+                engine = RolloutEngine(self.engine, version, group.prompt_id, group.task_id)
+                member.engine = engine
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:
@@ -164,7 +168,8 @@ class RolloutNursery:
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         finally:
             self._member_ended(group, index, verdict)
-            self._between_steps()
+            if watch is not None:
+                watch.between_steps()
 
     def _expired(self, index: int) -> Verdict:
         limit = self.config.rollout_timeout_s
@@ -333,10 +338,6 @@ class RolloutNursery:
             counts.check()
             assert counts.queued == 0, counts
             assert counts.running == 0, counts
-
-
-def _nobody_watches() -> None:
-    pass
 
 
 def _closed_error() -> RolloutClosed:

@@ -27,14 +27,15 @@ class StallAlarm:
         self._describe = describe
         self._scope = trio.CancelScope()
         self._since = math.inf
+        self._now = trio.lowlevel.current_clock().current_time
 
     def quiet_s(self) -> float:
         """Seconds since it was wound up; 0 while it is off."""
-        return max(0.0, trio.current_time() - self._since)
+        return max(0.0, self._now() - self._since)
 
     def wind_up(self) -> None:
         """Something settled, and more is to."""
-        self._since = trio.current_time()
+        self._since = self._now()
         if self._scope.deadline == math.inf:
             self._scope.deadline = self._since + self._limit_s
 
@@ -53,7 +54,7 @@ class StallAlarm:
             with self._scope:
                 await trio.sleep_forever()
             due = self._since + self._limit_s  # infinite where nothing is to settle
-            if due <= trio.current_time():
+            if due <= self._now():
                 logger.warning("nothing settled for %.0f s\n%s", self.quiet_s(), self._describe())
-                due = trio.current_time() + self._limit_s
+                due = self._now() + self._limit_s
             self._scope = trio.CancelScope(deadline=due)

@@ -160,10 +160,10 @@ def _of_group(group: GroupTask, now: float) -> Iterator[MemberStatus]:
 
 
 def _of_member(group: GroupTask, index: int, now: float) -> MemberStatus:
-    engine = group.engines.get(index)  # none before its first step
-    progress = engine.progress if engine is not None else None
+    member = group.running[index]
+    progress = member.engine.progress if member.engine is not None else None
     lease = progress.lease if progress else None
-    if group.running[index].cancel_called:
+    if member.scope.cancel_called:
         stage = Stage.SETTLING
     elif lease is not None:
         stage = Stage.GENERATING
@@ -177,6 +177,6 @@ def _of_member(group: GroupTask, index: int, now: float) -> MemberStatus:
         stage=stage,
         server=lease.server.address if lease else None,
         version=lease.server.version if lease else None,
-        age_s=now - engine.started if engine is not None else 0.0,
+        age_s=now - member.started,
         tokens=progress.tokens if progress else 0,
     )

@@ -96,18 +96,15 @@ class Group:
         Raises:
             UsageError: If no member has a row.
         """
-        stamped = tuple(
-            [
-                tuple([row.of_member(prompt_id, index) for row in rows])
-                for index, rows in enumerate(members)
-            ]
-        )
+        stamped: list[tuple[Trajectory, ...]] = []
+        for index, rows in enumerate(members):
+            stamped.append(tuple([row.of_member(prompt_id, index) for row in rows]))
         return cls(
             number=number,
             permit_version=permit_version,
             prompt_id=prompt_id,
             task_id=task_id,
-            members=stamped,
+            members=tuple(stamped),
             member_failures=member_failures,
         )
 

@@ -344,10 +344,10 @@ class Trajectory:
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
         row = object.__new__(Trajectory)  # not replace(): that would check the arrays once more
-        for fill, value in zip(_FILL_SLOTS, _slots_of(self), strict=True):
+        for fill, value in zip(_FILL_OTHERS, _others_of(self), strict=True):
             fill(row, value)
-        object.__setattr__(row, "prompt_id", prompt_id)
-        object.__setattr__(row, "member_index", member_index)
+        _fill_prompt_id(row, prompt_id)
+        _fill_member_index(row, member_index)
         return row
 
     def __len__(self) -> int:
@@ -391,8 +391,11 @@ def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[An
     return cast
 
 
-_slots_of = attrgetter(*(f.name for f in fields(Trajectory)))
-_FILL_SLOTS = tuple(getattr(Trajectory, f.name).__set__ for f in fields(Trajectory))
+_OTHERS = tuple(f.name for f in fields(Trajectory) if f.name not in ("prompt_id", "member_index"))
+_others_of = attrgetter(*_OTHERS)
+_FILL_OTHERS = tuple(getattr(Trajectory, name).__set__ for name in _OTHERS)
+_fill_prompt_id = Trajectory.__dict__["prompt_id"].__set__
+_fill_member_index = Trajectory.__dict__["member_index"].__set__
 
 
 class Outcome(enum.Enum):

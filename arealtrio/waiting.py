@@ -50,20 +50,18 @@ class WaitList:
 
     def notify(self) -> None:
         """Wake every waiter that can go on now."""
-        for task, poll in list(self._waiters.items()):
-            if task in self._waiters:  # no earlier waiter's step has ended this one's wait
-                self._poll(task, poll)
+        for task, poll in tuple(self._waiters.items()):
+            if task not in self._waiters:
+                continue  # an earlier waiter's step ended this one's wait
+            try:
+                value = poll()
+            except BaseException as exc:  # noqa: BLE001 - raised in the task that waits
+                self._wake(task, outcome.Error(exc))
+            else:
+                if value is not None:
+                    self._wake(task, outcome.Value(value))
 
-    def _poll(self, task: trio.lowlevel.Task, poll: Callable[[], object]) -> None:
-        found: outcome.Outcome[Any]
-        try:
-            value = poll()
-        except BaseException as exc:  # noqa: BLE001 - raised in the task that waits
-            found = outcome.Error(exc)
-        else:
-            if value is None:
-                return
-            found = outcome.Value(value)
+    def _wake(self, task: trio.lowlevel.Task, found: outcome.Outcome[Any]) -> None:
         del self._waiters[task]
         trio.lowlevel.reschedule(task, found)
 

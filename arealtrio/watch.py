@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[Callable[[], None]]:
+def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[StepWatch]:
     """Warn of rollouts that keep the loop for longer than a limit between two awaits.
 
     The warning names the rollout and the function, once for each place in the code. The clock is
     read at each pass of the loop over all tasks that can run, and where the caller says that a step
-    began or ended. A step that is too long leaves at least as long a time between two readings, so
-    a pass of a thousand short rollouts is none. Only for some seconds after such a time is each
-    step timed by itself. So what blocks once is not named, and what blocks again is.
+    began or ended. A step that is too long leaves at least as long a time between two readings, and
+    a pass of a thousand short ones does not. Only for some seconds after such a time is each step
+    timed by itself. So what blocks once is not named, and what blocks again is.
 
     A step is to blame if it computed for longer than the limit, or waited in a call that does not
     return to the loop. One that was merely kept from running, because other programs had the CPU,
@@ -43,40 +43,52 @@ def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[Callable
         limit_s: Of one step. What else waits for as long: the answers of all other servers.
 
     Yields:
-        What to call at the first thing of a task's first step, and the last of its last.
+        What is to be told where steps begin and end.
     """
-    passes = _Passes(_Steps(nursery, limit_s), limit_s)
-    trio.lowlevel.add_instrument(passes)
+    watch = StepWatch(_Steps(nursery, limit_s), limit_s)
+    trio.lowlevel.add_instrument(watch)
     try:
-        yield passes.between_steps
+        yield watch
     finally:
-        passes.stop()
-        trio.lowlevel.remove_instrument(passes)
+        watch.stop()
+        trio.lowlevel.remove_instrument(watch)
 
 
-class _Passes(trio.abc.Instrument):
+class StepWatch(trio.abc.Instrument):
     """Times what lies between two readings of the clock, and looks closer where it was long."""
 
     def __init__(self, steps: _Steps, limit_s: float) -> None:
         self._steps = steps
         self._limit_s = limit_s
+        self._outsider: trio.lowlevel.Task | None = None  # the last that called, and is no rollout
         self._last = time.perf_counter()  # when the clock was read
         self._was_long = False  # some time of this pass
         self._looking_until: float | None = None
 
     def after_io_wait(self, timeout: float) -> None:
+        """A pass begins."""
         del timeout
         self._last = time.perf_counter()
         self._was_long = False
 
+    def called(self) -> None:
+        """Some task asks for rollouts; if it is none itself, it may take its time over many."""
+        task = trio.lowlevel.current_task()
+        if task is not self._outsider:
+            if self._steps.rollout_of(task) is not None:
+                return
+            self._outsider = task
+        self.between_steps()
+
     def between_steps(self) -> None:
-        """One task's step ends here, or another's begins."""
+        """Call this as a rollout's first step begins, and as its last one ends."""
         now = time.perf_counter()
         if now - self._last > self._limit_s:
             self._was_long = True
         self._last = now
 
     def before_io_wait(self, timeout: float) -> None:
+        """A pass has ended."""
         del timeout
         self.between_steps()
         if self._was_long:
@@ -136,7 +148,7 @@ class _Steps(trio.abc.Instrument):
             self._collected_s += now - self._collection_began
 
     def _warn(self, task: trio.lowlevel.Task, took_s: float, cpu_s: float) -> None:
-        rollout = self._rollout_of(task)
+        rollout = self.rollout_of(task)
         place = _place(self._awaits, "after") or _place(list(task.iter_await_frames()), "before")
         if rollout is None or place is None or place in self._warned:
             return
@@ -153,7 +165,7 @@ class _Steps(trio.abc.Instrument):
             self._limit_s,
         )
 
-    def _rollout_of(self, task: trio.lowlevel.Task) -> trio.lowlevel.Task | None:
+    def rollout_of(self, task: trio.lowlevel.Task) -> trio.lowlevel.Task | None:
         """The child of the nursery that a task is, or descends from."""
         while (parent := task.parent_nursery) is not None:
             if parent is self._nursery:

@@ -55,9 +55,9 @@ async def test_each_member_has_a_deadline_from_its_own_start() -> None:
     group = await started(2)
     assert not group.to_start
     assert not group.all_ended
-    for scope in group.running.values():
-        assert 0 < scope.deadline - trio.current_time() <= 5
-        assert math.isfinite(scope.deadline)
+    for member in group.running.values():
+        assert 0 < member.scope.deadline - trio.current_time() <= 5
+        assert math.isfinite(member.scope.deadline)
 
 
 async def test_it_is_accepted_when_the_last_member_is() -> None:
@@ -83,7 +83,7 @@ async def test_the_first_that_does_not_succeed_ends_the_others(verdict: Verdict)
     group.member_ended(1, verdict)
     assert group.stopped
     assert not group.to_start
-    assert all(scope.cancel_called for scope in group.running.values())
+    assert all(member.scope.cancel_called for member in group.running.values())
     assert not group.all_ended  # one is still to leave
     group.member_ended(2, CANCELLED)
     assert group.all_ended
@@ -96,7 +96,8 @@ async def test_at_least_goes_on_without_members_while_enough_can_still_succeed()
     for index, verdict in ((0, FAILED), (2, REJECTED)):
         group.member_ended(index, verdict)
         assert not group.stopped
-    group.rows[1] = group.rows[3] = (row(),)
+    for index in (1, 3):
+        group.take_result(index, row())
     group.member_ended(1, ACCEPTED)
     group.member_ended(3, ACCEPTED)
     assert group.all_ended
@@ -118,7 +119,7 @@ async def test_at_least_ends_the_group_when_too_few_are_left() -> None:
 async def test_replace_runs_a_failed_member_again_so_many_times_and_keeps_the_others() -> None:
     group = await started(2)
     group.policy = GroupPolicy.replace(2)
-    group.rows[1] = (row(),)
+    group.take_result(1, row())
     group.member_ended(1, ACCEPTED)
     for _ in range(2):
         group.member_ended(0, FAILED)
@@ -139,14 +140,14 @@ async def test_replace_does_not_draw_until_the_workflow_likes_it() -> None:
 
 async def test_a_group_that_begins_again_forgets_what_it_had() -> None:
     group = await started(2)
-    group.rows[0] = (row(),)
+    group.take_result(0, row())
     group.member_ended(0, ACCEPTED)
     group.member_ended(1, FAILED)
     group.begin_again()
     assert group.verdict is ACCEPTED
     assert not group.stopped
     assert list(group.to_start) == [0, 1]
-    assert not group.rows
+    assert group.rows == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_none_rejects_and_anything_else_has_to_be_rows() -> None:
         group.take_result(0, 3)
     assert group.take_result(1, [row(), row()]) is ACCEPTED
     assert len(group.rows[1]) == 2
-    assert 0 not in group.rows
+    assert group.rows[0] == ()
 
 
 def test_its_names() -> None:
