@@ -103,7 +103,7 @@ class AsyncioWorkflow:
         """
         loop = await _LOOP.get()
         run = self.workflow.arun_episode
-        error: Exception | None = None
+        error: BaseException | None = None
         result: WorkflowResult = None
         async with trio.open_nursery() as nursery:
             bridge = Bridge(loop, nursery)
@@ -111,7 +111,7 @@ class AsyncioWorkflow:
                 result = await _in_asyncio(
                     loop, bridge.episode, run, AsyncioEngine(engine, bridge), data
                 )
-            except Exception as exc:  # noqa: BLE001 - raised below, where no group is put around it
+            except (Exception, *_ENDS_A_LOOP) as exc:  # noqa: BLE001 - raised below, in no group
                 error = exc
             nursery.cancel_scope.cancel()
         if error is not None:
@@ -126,6 +126,8 @@ async def _in_asyncio(loop: Any, run: Callable[..., Awaitable[Any]], *args: obje
     """
     try:
         return await loop.run_aio_coroutine(run(*args))
+    except _Ending as ending:
+        raise ending.error from None
     except asyncio.CancelledError as exc:
         raise WorkflowError(
             "the workflow's asyncio task was cancelled, and not by its rollout: the workflow "
@@ -133,42 +135,27 @@ async def _in_asyncio(loop: Any, run: Callable[..., Awaitable[Any]], *args: obje
         ) from exc
 
 
-def explain_asyncio(error: BaseException, workflow: object) -> Exception | None:
+def explain_asyncio(error: Exception, workflow: object) -> Exception:
     """Return the error to record for one that a workflow raised.
 
     A workflow for asyncio that is handed in bare fails in ways that name neither it nor the cure.
-    ``asyncio.CancelledError`` is the workflow's own failure too, though it is no Exception: nobody
-    but the workflow could have raised it here.
 
     Args:
         error: As raised.
         workflow: What raised it.
 
     Returns:
-        A WorkflowError that names the workflow, caused by ``error``, where it is of one of these
-        kinds; any other Exception itself; None for what is to end the run.
+        A WorkflowError that says what to do, caused by ``error``, where it is of that kind; else
+        the error itself.
     """
-    name = type(workflow).__qualname__
-    if not isinstance(error, Exception):
-        if not _is_asyncio_cancellation(error):
-            return None
-        explained = WorkflowError(f"{name} raised asyncio.CancelledError, and nobody cancelled it")
-    elif isinstance(workflow, AsyncioWorkflow) or not _misses_asyncio(error):
+    if isinstance(workflow, AsyncioWorkflow) or not _misses_asyncio(error):
         return error
-    else:
-        explained = WorkflowError(
-            f"{name} uses asyncio, and rollouts run on trio: wrap it, AsyncioWorkflow(workflow)"
-        )
+    explained = WorkflowError(
+        f"{type(workflow).__qualname__} uses asyncio, and rollouts run on trio: wrap it, "
+        "AsyncioWorkflow(workflow)"
+    )
     explained.__cause__ = error
     return explained
-
-
-def _is_asyncio_cancellation(error: BaseException) -> bool:
-    """Whether it is one, or a nursery's group of nothing worse."""
-    if isinstance(error, BaseExceptionGroup):
-        _, rest = error.split((Exception, asyncio.CancelledError))
-        return rest is None
-    return isinstance(error, asyncio.CancelledError)
 
 
 def _misses_asyncio(error: Exception) -> bool:
@@ -200,7 +187,31 @@ async def _open_loop() -> AsyncIterator[Any]:
     async with _trio_asyncio().open_loop() as loop:
         # By default the loop would crash of what nobody awaits, and the entire run with it.
         loop.set_exception_handler(_log)
+        loop.set_task_factory(_guarded_task)
         yield loop
+
+
+_ENDS_A_LOOP = (SystemExit, KeyboardInterrupt)
+
+
+class _Ending(Exception):
+    """Carries an error that asyncio would let end its loop to the rollout that raised it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"a task raised {type(error).__name__}")
+        self.error = error
+
+
+def _guarded_task(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """Make a task that can not end the loop: all workflows of a run share it, and would hang."""
+    return asyncio.Task(_guard(coroutine), loop=loop, **options)
+
+
+async def _guard(coroutine: Awaitable[Any]) -> Any:
+    try:
+        return await coroutine
+    except _ENDS_A_LOOP as exc:
+        raise _Ending(exc) from exc
 
 
 def _log(_: Any, context: Mapping[str, Any]) -> None:

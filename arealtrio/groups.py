@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import trio
 
+from .containment import contained, what_ends_the_run
 from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
@@ -203,8 +204,11 @@ def judge(group: GroupTask) -> tuple[Group | None, Verdict]:
         accepted = group.accepted()
         if accepts(accepted, group.should_accept):
             return accepted, group.verdict
-    except Exception as exc:  # noqa: BLE001 - the filter is user code
-        return None, Verdict(Outcome.FAILED, Failure(classify(exc), exc))
+    except BaseException as exc:  # noqa: BLE001 - the filter is user code
+        if (end := what_ends_the_run(exc)) is not None:
+            raise end from None
+        error = contained(exc, group.should_accept)
+        return None, Verdict(Outcome.FAILED, Failure(classify(error), error))
     return None, REJECTED
 
 

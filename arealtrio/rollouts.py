@@ -15,8 +15,8 @@ from typing import TypeVar
 import trio
 
 from .admission import Admission
-from .asyncio_workflow import explain_asyncio
 from .config import RolloutConfig
+from .containment import contained, what_ends_the_run
 from .delivery import PermitOrder
 from .engine import RemoteEngine
 from .errors import DeadlineExceeded, RolloutClosed
@@ -160,11 +160,11 @@ class RolloutNursery:
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:
                 verdict = self._expired(index)
-        except BaseException as exc:  # the one boundary between user code and the run
-            error = explain_asyncio(exc, group.workflow)
-            if error is None:  # the run ends: no waiter is to take that for a result
-                self.close()
-                raise
+        except BaseException as exc:  # noqa: BLE001 - between user code and the run
+            if (end := what_ends_the_run(exc)) is not None:
+                self.close()  # first: no waiter is to take that for a result
+                raise end from None
+            error = contained(exc, group.workflow)
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         finally:
             self._member_ended(group, index, verdict)
@@ -190,7 +190,11 @@ class RolloutNursery:
 
     def _settle(self, group: GroupTask) -> None:
         """Settle a group whose members have all ended: exactly once, synchronously."""
-        accepted, verdict = judge(group)
+        try:
+            accepted, verdict = judge(group)
+        except BaseException:  # the filter was interrupted: the run ends, and settles this too
+            self.close()
+            raise
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
             verdict = outdated(accepted, self.get_version())
             accepted = None

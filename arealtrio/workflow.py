@@ -57,7 +57,7 @@ class RolloutWorkflow(Protocol):
     One instance serves all rollouts at once, so an episode keeps its state in local variables. It
     is run in its rollout's cancel scope: at every ``await`` it may be cancelled, by its deadline
     among others, and must let ``trio.Cancelled`` pass. An exception it raises is recorded with the
-    rollout.
+    rollout; so are ``SystemExit`` and the like, and ``KeyboardInterrupt`` alone ends the run.
     """
 
     @abstractmethod

@@ -281,6 +281,30 @@ async def test_a_workflow_that_cancels_itself_fails_and_nothing_else_does() -> N
             await run(episode)
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+@pytest.mark.parametrize("in_a_child", [False, True])
+async def test_what_would_end_the_loop_ends_its_rollout_alone(
+    in_a_child: bool, error: BaseException
+) -> None:
+    """All workflows of a run share the loop: without it they would wait for ever."""
+
+    async def fail() -> None:
+        raise error
+
+    async def fails(engine: AsyncioEngine, data: Mapping[str, Any]) -> None:
+        await (asyncio.gather(fail(), asyncio.sleep(0)) if in_a_child else fail())
+
+    async def answers(engine: AsyncioEngine, data: Mapping[str, Any]) -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    with pytest.raises((type(error), BaseExceptionGroup)) as caught:
+        await run(fails)
+    assert caught.value is error or error in getattr(caught.value, "exceptions", ())
+    with trio.fail_after(5):
+        assert await run(answers) == 1
+
+
 async def test_an_exception_that_nobody_awaits_is_logged_and_ends_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -361,13 +361,16 @@ def test_a_trio_side_that_dies_gives_an_ordinary_error_with_its_cause(
     error: BaseException,
 ) -> None:
     with controller() as rollout:
-        puppet = Puppet()
-        rollout.submit({"prompt_id": 1}, puppet)
+        rollout.submit({"prompt_id": 1}, Puppet())
         call = Background(lambda: rollout.wait(1))
         until_waiting(rollout)
 
+        async def fail() -> None:
+            raise error
+
         async def die() -> None:
-            puppet.end(1, error)
+            assert rollout._executor is not None
+            rollout._executor._nursery.start_soon(fail)
 
         on_trio_side(rollout, die)
         with pytest.raises(RolloutCrashed, match=type(error).__name__) as caught:

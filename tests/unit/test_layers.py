@@ -45,6 +45,7 @@ SERVING_WING = (
 )
 DATA_WING = (
     ("ledger",),
+    ("containment",),
     ("asyncio_workflow", "reward", "staleness", "trajectory", "workflow"),
     ("reward_worker",),
     ("rows", "to_torch"),
@@ -83,7 +84,7 @@ DOORS = {
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime "
         "waiting engine weights supervision servers pressure leases transport reward workflow "
-        "embedded testing watch stall adapters lora memory simulate ledger recording"
+        "embedded testing watch stall adapters lora memory simulate ledger recording containment"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",
