@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
 
 from .images import rendered
 from .sampling import SamplingParams
@@ -22,6 +25,11 @@ DEFAULT_MAX_TOKENS = 16  # vLLM's, of /v1/completions and of SamplingParams alik
 _UNSUPPORTED = (
     "echo", "suffix", "prompt_embeds", "prompt_logprobs", "stop", "use_beam_search",
     "response_format", "structured_outputs", "bad_words", "allowed_token_ids",
+)  # fmt: skip
+_SAMPLING = (
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids",
+    "ignore_eos", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logprobs",
 )  # fmt: skip
 
 
@@ -128,9 +136,10 @@ def read_chat(body: Body, limits: Limits) -> GenerateRequest:
 def _checked(
     body: Body, prompts: tuple[list[int], ...], sampling: Body, loc: str, limits: Limits
 ) -> GenerateRequest:
-    params = _sampling(sampling, loc)
+    written = msgspec.json.encode({name: sampling.get(name) for name in _SAMPLING})
+    params = _sampling(written, loc)
     model = _model(body.get("model"), limits)
-    _check_sampling(params, limits.vocab_size)
+    _check_sampling(written, loc, limits.vocab_size)
     for prompt in prompts:
         _check_prompt(prompt, limits.vocab_size)
     options = body.get("stream_options")
@@ -217,7 +226,10 @@ def _too_long_for_tokens(length: int, limit: int) -> VllmError:
     )
 
 
-def _sampling(body: Body, loc: str) -> SamplingParams:
+@lru_cache
+def _sampling(written: bytes, loc: str) -> SamplingParams:
+    """Read sampling parameters, which are the same from request to request, from their JSON."""
+    body: Body = msgspec.json.decode(written)
     return SamplingParams(
         max_tokens=integer(body, "max_tokens", DEFAULT_MAX_TOKENS, loc),
         min_tokens=integer(body, "min_tokens", 0, loc) or 0,
@@ -238,8 +250,10 @@ def _sampling(body: Body, loc: str) -> SamplingParams:
     )
 
 
-def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
+@lru_cache
+def _check_sampling(written: bytes, loc: str, vocab_size: int) -> None:
     """Refuse values out of range, in the order and words of vLLM's SamplingParams."""
+    params = _sampling(written, loc)
     if params.temperature < 0:
         message = f"temperature must be non-negative, got {params.temperature}."
         raise value_error(message, "temperature", params.temperature)

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import msgspec
 
 from .experts import as_npy, routed_experts
 from .sequence import Sequence
@@ -309,7 +312,18 @@ def _tokens_logprobs(
 ) -> Json | None:
     if request.params.logprobs is None:
         return None
+    if not any(sequence.top_logprobs[start:end]):
+        ids = _output(sequence, start, end)
+        numbers = zip(ids, sequence.logprobs[start:end], sequence.ranks[start:end], strict=True)
+        return {"content": [_chosen_alone(*one) for one in numbers]}
     return {"content": [_tokens_logprob(sequence, at) for at in range(start, end)]}
+
+
+@lru_cache(maxsize=2**14)
+def _chosen_alone(token_id: int, logprob: float, rank: int) -> msgspec.Raw:
+    """Write a token without other candidates; a scripted model makes the same ones all the time."""
+    chosen = {"token_id": token_id, "logprob": logprob, "rank": rank}
+    return msgspec.Raw(msgspec.json.encode({**chosen, "top_logprobs": [chosen]}))
 
 
 def _tokens_logprob(sequence: Sequence, at: int) -> Json:

@@ -145,6 +145,11 @@ class TimedScheduler(Scheduler):
         self.step()
         return super().waiting
 
+    @property
+    def queue_length(self) -> int:
+        """How many waited when it was last looked at; unlike ``waiting``, this does not look."""
+        return len(self._waiting)
+
     def step(self) -> int:
         """Take every decode step that is due by now, and return how many."""
         before, now = self._steps, self._clock()
@@ -384,17 +389,31 @@ class TimedEngine(Engine):
         self._load_time_s = load_time_s
         self._on_load = on_load
         self._on_label = on_label
+        self._nap = trio.CancelScope()
 
     async def run(self) -> None:
-        """See the base class."""
+        """Decode when there is something to decode, and for nothing else.
+
+        A request moves the hour at which it wakes; waking it to be told costs ten times as much.
+        """
         while True:
             self.scheduler.step()
             self._settle()
             if self.scheduler.state == "dead":
                 return
-            with trio.move_on_at(self.scheduler.next_event):
-                await self._work.wait()
-            self._work = trio.Event()
+            with trio.CancelScope(deadline=self.scheduler.next_event) as self._nap:
+                await trio.sleep_forever()
+
+    def retime(self) -> None:
+        """Find out anew when to wake, after the pace has changed."""
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.scheduler.state == "dead":
+            self._nap.cancel()
+        else:
+            self._nap.deadline = self.scheduler.next_event
+        self._settle()
 
     async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:
         """See the base class."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 from ..config import RolloutConfig
 from ..errors import ConfigError
 from ..executor import WorkflowExecutor, open_executor
+from ..recording import open_ledger_of
 from .faults import Faults
 from .fleet import DEFAULT_LENGTHS, SimulatedFleet, open_fleet
 from .lengths import Lengths
 from .script import EOS, LONGEST
 from .settings import SimulatedServerSettings
+
+# On a clock that jumps, much happens at the same time: how long that takes says nothing.
+_DEFAULTS: Final = {"slow_step_warning_s": 3600.0}
 
 
 @asynccontextmanager
@@ -56,11 +60,17 @@ async def simulated_executor(
         servers, lengths=lengths, seed=seed, faults=faults, traced=traced
     ) as fleet:
         settings = RolloutConfig(
-            **{"seed": seed, **_spoken_by(fleet), **config, "servers": fleet.addresses}
+            **{**_DEFAULTS, "seed": seed, **_spoken_by(fleet), **config},
+            servers=fleet.addresses,
         )
         async with AsyncExitStack() as stack:
+            ledger = None
+            if settings.ledger_path is not None:  # written inline: no thread in virtual time
+                ledger = await stack.enter_async_context(open_ledger_of(settings, inline=True))
             with fleet.faults.quiet():
-                executor = await stack.enter_async_context(open_executor(settings, transport=fleet))
+                executor = await stack.enter_async_context(
+                    open_executor(settings, transport=fleet, ledger=ledger)
+                )
             yield executor, fleet
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import trio
 
@@ -30,8 +29,6 @@ from .mishap import Mishap
 from .script import ScriptedModel, checkpoint
 from .settings import SimulatedServerSettings
 from .stream import Connection, Pieces, SimulatedStream
-
-T = TypeVar("T")
 
 MODEL_NAME = "simulated"
 _ABORTS = ("/abort_request", "/abort_requests", "/inference/v1/abort_requests")
@@ -179,13 +176,17 @@ class SimulatedServer:
 
     def slow_down(self, factor: float) -> None:
         """Decode so many times slower than the settings say, until ``speed_up``."""
-        self.outage += 1
-        self.pace.speed = self.settings.speed / factor
+        self._set_speed(self.settings.speed / factor)
 
     def speed_up(self) -> None:
         """Decode as fast as the settings say."""
+        self._set_speed(self.settings.speed)
+
+    def _set_speed(self, speed: float) -> None:
         self.outage += 1
-        self.pace.speed = self.settings.speed
+        self.scheduler.step()  # what was due by now was made at the old pace
+        self.pace.speed = speed
+        self._engine.retime()
 
     def isolate(self) -> None:
         """Let nothing in or out until ``rejoin``. It does not notice, and goes on with its work."""
@@ -248,11 +249,14 @@ class SimulatedServer:
             TransportTimeout: A limit passed.
             TransportError: It died or restarted meanwhile, or the mishap is a reset.
         """
-        with self._connection() as connection:
+        connection = Connection()
+        try:
             answer = await self._open(connection, request, limits, headers, mishap)
             if isinstance(answer, HttpResponse):
                 return answer
             return await self._drained(connection, answer)
+        finally:
+            self._connections.pop(connection, None)
 
     @asynccontextmanager
     async def stream(
@@ -281,13 +285,14 @@ class SimulatedServer:
                 stream.
         """
         deadline = trio.current_time() + limits.total_s
-        with self._connection() as connection:
+        bounds = (limits, deadline, size_bytes_max)
+        connection = Connection()
+        try:
             answer = await self._open(connection, request, limits, headers, mishap)
-            bounds = (limits, deadline, size_bytes_max)
             if isinstance(answer, HttpResponse):
-                pieces = Pieces(answer.body)
+                whole = Pieces(answer.body)
                 yield SimulatedStream(
-                    self.address, answer.status, answer.headers, pieces.next, *bounds
+                    self.address, answer.status, answer.headers, whole.next, *bounds
                 )
                 return
             read = partial(self._on, connection, answer.next_events)
@@ -297,6 +302,8 @@ class SimulatedServer:
                 yield SimulatedStream(self.address, 200, _EVENT_STREAM, read, *bounds)
             finally:
                 self._close(answer)
+        finally:
+            self._connections.pop(connection, None)
 
     async def _open(
         self,
@@ -306,16 +313,26 @@ class SimulatedServer:
         headers: Sequence[tuple[str, str]],
         mishap: Mishap | None,
     ) -> HttpResponse | Reply:
-        """Return the whole answer, or that which will stream it."""
+        """Return the whole answer, or that which will stream it.
+
+        One scope for the time limit and for a server that ends the connection: it costs as much as
+        all the rest.
+        """
         name, seconds = _tightest(limits)
-        with trio.move_on_after(seconds):
+        deadline = trio.current_time() + seconds
+        with trio.CancelScope(deadline=deadline) as connection.scope:
             await self._connect(connection, limits)
             if mishap is not None and (refusal := mishap.refusal()) is not None:
                 return refusal
-            answer = await self._on(connection, partial(self._respond, request, headers))
-            if mishap is not None and isinstance(answer, HttpResponse):
-                return await mishap.befall(answer)
-            return answer
+            if not connection.is_cut:
+                answer = await self._respond(request, headers)
+                await self._reach()
+                if mishap is not None and isinstance(answer, HttpResponse):
+                    return await mishap.befall(answer)
+                return answer
+        if connection.is_cut:
+            with trio.move_on_at(deadline):
+                await self._reset()
         raise TransportTimeout(
             f"{self.address} did not answer within {name} = {seconds:g} s", limit=name
         )
@@ -330,45 +347,45 @@ class SimulatedServer:
             self._close(reply)
         return HttpResponse(200, _EVENT_STREAM, b"".join(pieces))
 
-    @contextmanager
-    def _connection(self) -> Iterator[Connection]:
-        connection = Connection()
-        self._connections[connection] = None
-        try:
-            yield connection
-        finally:
-            del self._connections[connection]
-
     async def _connect(self, connection: Connection, limits: TimeLimits) -> None:
         await trio.sleep(self.settings.latency_s)
-        with trio.move_on_after(limits.connect_s) as connecting:
-            await self._reach()
-        if connecting.cancelled_caught:
-            raise TransportTimeout(
-                f"{self.address}: no connection within connect_s = {limits.connect_s:g} s",
-                request_sent=False,
-                limit="connect_s",
-            )
+        if self._unreached is not None:
+            with trio.move_on_after(limits.connect_s) as connecting:
+                await self._reach()
+            if connecting.cancelled_caught:
+                raise TransportTimeout(
+                    f"{self.address}: no connection within connect_s = {limits.connect_s:g} s",
+                    request_sent=False,
+                    limit="connect_s",
+                )
         if self.condition is ServerCondition.DOWN:
             raise ConnectFailed(f"{self.address} refused the connection")
         connection.is_cut = self.condition is ServerCondition.HUNG
+        self._connections[connection] = None
 
     async def _reach(self) -> None:
         """Wait out a partition."""
         while self._unreached is not None:
             await self._unreached.wait()
 
-    async def _on(self, connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
-        """Do a part of an exchange, as long as the server lives that took the connection."""
-        if not connection.is_cut:
-            with trio.CancelScope() as connection.scope:
-                done = await work()
-                await self._reach()
-                return done
+    async def _reset(self) -> None:
+        """Learn, as a client does, that the server has ended the connection; a hung one says so
+        when it is started again.
+        """
         await self._reach()
         if self.condition is ServerCondition.HUNG:
             await self._replaced.wait()
         raise TransportError(f"{self.address} reset the connection")
+
+    async def _on(self, connection: Connection, work: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Read a piece of a stream, as long as the server lives that took the connection."""
+        if not connection.is_cut:
+            with trio.CancelScope() as connection.scope:
+                piece = await work()
+                await self._reach()
+                return piece
+        await self._reset()
+        raise AssertionError("unreachable")
 
     async def _respond(
         self, request: HttpRequest, headers: Sequence[tuple[str, str]]
@@ -436,7 +453,7 @@ class SimulatedServer:
     def _count(self, change: int) -> None:
         self.generations += change
         self.most_generations = max(self.most_generations, self.generations)
-        self.most_waiting = max(self.most_waiting, len(self.scheduler.waiting))
+        self.most_waiting = max(self.most_waiting, self.scheduler.queue_length)
         self.on_change(self)
 
 
