@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import traceback
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arealtrio.config import RolloutConfig, normalise_address
-from arealtrio.errors import ConfigError
+from arealtrio.errors import ConfigError, NoServerAvailable
+from arealtrio.executor import open_executor
 from arealtrio.testing import simulated_executor
+from arealtrio.transport.origin import Origin
+from arealtrio.types import HttpRequest
 
 NAMES = [field.name for field in fields(RolloutConfig)]
 ANYTHING = st.recursive(
@@ -112,3 +118,69 @@ async def test_what_is_as_large_as_allowed_opens() -> None:
         seed=2**200,
     ) as (executor, _):
         assert executor.get_capacity() > 0
+
+
+# --- headers: they hold secrets ------------------------------------------------------------------
+
+SECRET = "sk-proj-0123456789"
+
+
+@pytest.mark.parametrize("field", ["headers", "server_headers"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Authorization", f"Bearer {SECRET}\n"),  # as read from a file
+        ("Authorization", f"Bearer {SECRET}\r\nX-Injected: 1"),
+        ("Authorization", f"Bearer {SECRET}\0"),
+        ("Authorization", f"Bearer {SECRET}\x7f"),
+        ("Authorization", f"Bearer “{SECRET}”"),  # out of a word processor
+        ("Authorization", SECRET.encode()),
+        (f"Authorization: {SECRET}", "x"),
+        ("", SECRET),
+        (f"{SECRET}\r\n", "x"),
+        ("Ключ", SECRET),
+        ("Content-Length", SECRET),
+        (5, SECRET),
+    ],
+)
+def test_a_header_that_http_can_not_send_is_refused_and_not_repeated(
+    field: str, name: Any, value: Any
+) -> None:
+    headers = {name: value}
+    given = headers if field == "headers" else {"http://a": headers}
+    with pytest.raises(ConfigError, match="header") as caught:
+        RolloutConfig(servers=["http://a"], **{field: given})  # type: ignore[arg-type]
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@given(st.dictionaries(st.text(max_size=6), st.text(max_size=8), max_size=2))
+@example({"x-key": "ÿ\t~"})
+def test_every_header_that_is_taken_can_be_sent(headers: dict[str, str]) -> None:
+    with suppress(ConfigError):
+        config = RolloutConfig(servers=["http://a"], headers=headers)
+        head = Origin("http://a").head(HttpRequest("POST", "/"), config.headers_of("http://a"))
+        assert head.count(b"\r\n") == head.count(b"\n")
+
+
+async def test_no_key_is_logged_or_shown(
+    unused_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RolloutConfig(
+        servers=[f"http://127.0.0.1:{unused_port}"],
+        headers={"Authorization": SECRET},
+        server_headers={f"http://127.0.0.1:{unused_port}": {"X-Key": SECRET}},
+        setup_timeout_s=0.2,
+        probe_interval_s=0.05,
+    )
+    with caplog.at_level(logging.DEBUG), pytest.raises(NoServerAvailable) as caught:
+        async with open_executor(config):
+            pass
+    shown = [repr(config), str(config), caplog.text, *traceback.format_exception(caught.value)]
+    assert not [text for text in shown if SECRET in text]
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
