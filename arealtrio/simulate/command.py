@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -165,16 +164,25 @@ def _answers(values: Mapping[str, Any]) -> Answers:
 def _check_places(plot: Path | None, json_path: Path | None) -> None:
     """Find out before minutes of work, not after."""
     for path, option in ((plot, "--plot"), (json_path, "--json")):
-        if path is not None and path != _STDOUT and not path.parent.is_dir():
+        if path is not None and path != _STDOUT and not os.path.isdir(path.parent):
             raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)
     if plot is None:
         return
     if plot.suffix.lower() not in PICTURES:
         words = f"{plot} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
         raise click.BadParameter(words, param_hint="--plot")
-    if importlib.util.find_spec("matplotlib") is None:
-        words = "needs matplotlib, which is not installed: pip install 'arealtrio[plot]'"
-        raise click.BadParameter(words, param_hint="--plot")
+    try:
+        _draw()
+    except ImportError as exc:
+        words = f"needs matplotlib ({exc}): pip install 'arealtrio[plot]'"
+        raise click.BadParameter(words, param_hint="--plot") from exc
+
+
+def _draw() -> Callable[[Sequence[Setting], Path], None]:
+    """Only when asked for: matplotlib is an extra, and takes half a second."""
+    from .figure import draw
+
+    return draw
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -260,7 +268,7 @@ class _Outputs:
             text = json.dumps(as_json(settings), indent=2) + "\n"
             self._write_json(self.json_path, text)
         if self.plot is not None:
-            _draw(settings, self.plot)
+            _draw()(settings, self.plot)
 
     @staticmethod
     def _write_json(path: Path, text: str) -> None:
@@ -268,12 +276,6 @@ class _Outputs:
             click.echo(text, nl=False)
         else:
             path.write_text(text)
-
-
-def _draw(settings: Sequence[Setting], path: Path) -> None:
-    from .figure import draw  # matplotlib takes half a second, and is an extra
-
-    draw(settings, path)
 
 
 def _takes_blocks() -> bool:

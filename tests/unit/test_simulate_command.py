@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import pty
@@ -209,7 +208,9 @@ def test_a_trace_and_a_distribution_exclude_each_other(plans: list[Plan], tmp_pa
 def test_a_picture_without_matplotlib_is_refused_at_once(
     plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.delitem(sys.modules, "arealtrio.simulate.figure", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     result = invoke("--plot", "x.png")
     assert (result.exit_code, plans) == (2, [])
     assert "pip install 'arealtrio[plot]'" in result.output
