@@ -292,7 +292,8 @@ class RemoteEngine:
                 raise
             except (TransportError, ServerError, ProtocolError) as exc:
                 generation.arrived = None
-                self.pool.failed(lease.server, exc)
+                if lease.version <= lease.server.version:  # else it went back, as it was told to
+                    self.pool.failed(lease.server, exc)
                 if answer is not None:
                     self._lose(generation, len(answer.token_ids))
                 elif arrived is None:

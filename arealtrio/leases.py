@@ -182,9 +182,13 @@ class LeaseQueue:
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
         """Wake every waiter with an error of its own."""
-        for waiter in list(self._line):
+        self.fail(lambda _: True, lambda _: error())
+
+    def fail(self, which: Callable[[Waiter], bool], error: Callable[[Waiter], Exception]) -> None:
+        """Wake some of the waiters with an error of its own each."""
+        for waiter in [waiter for waiter in self._line if which(waiter)]:
             self._line.leave(waiter)
-            trio.lowlevel.reschedule(waiter.task, outcome.Error(error()))
+            trio.lowlevel.reschedule(waiter.task, outcome.Error(error(waiter)))
 
     def close(self) -> None:
         """Wake every waiter with RolloutClosed, and refuse new ones."""

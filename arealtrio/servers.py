@@ -242,6 +242,8 @@ class ServerPool:
         line: Line[Waiter] = make_line(config.queue_order, config.queue_overtakes_max)
         self._leases = LeaseQueue(self._policy, self._barred, line)
         self._newest_told = 0
+        self._abandoned = 0  # the newest version that the pool went back from
+        self._lowest = 0  # no server in service is older
         self._smallest: dict[str, int | None] = {}  # forgotten when a server comes, goes or speaks
 
     # --- what there is -----------------------------------------------------------------------
@@ -265,6 +267,10 @@ class ServerPool:
     def newest_told(self) -> int:
         """The newest version any server was told to load: no token can be newer."""
         return self._newest_told
+
+    def is_current(self, version: int) -> bool:
+        """Whether a server of a version may serve: the pool's, or beyond it in an update now."""
+        return self.version <= version <= self._newest_told
 
     def outstanding(self, server: Server) -> int:
         """Requests in flight on a server."""
@@ -333,7 +339,10 @@ class ServerPool:
         Raises:
             RolloutClosed: If the pool was closed, before or during the wait.
             NoServerAvailable: If no server has been in service for ``no_server_grace_s``.
+            RolloutError: If the pool went back from ``min_version``, before or during the wait.
         """
+        if self._will_not_come(min_version):
+            raise self._went_back(min_version)
         slot = await self._leases.acquire(
             exclude, min_version, prefer, at_head=at_head, origin=origin
         )
@@ -387,9 +396,18 @@ class ServerPool:
         """
         if exclude and exclude.issuperset(s.address for s in self.in_service):
             exclude = frozenset()
-        if min_version <= self.version:  # what is in service is at least that new
+        if min_version <= self._lowest:  # what is in service is at least that new
             return exclude
         return exclude | {s.address for s in self.servers if s.version < min_version}
+
+    def _will_not_come(self, version: int) -> bool:
+        return self._newest_told < version <= self._abandoned
+
+    def _went_back(self, version: int) -> RolloutError:
+        return RolloutError(
+            f"it needs weights of version {version}, and the servers went back to {self.version}: "
+            "what was begun before that can not go on"
+        )
 
     def fail_waiters(self, message: str) -> None:
         """Wake every request in the queue with NoServerAvailable."""
@@ -596,21 +614,32 @@ class ServerPool:
     def told(self, version: int) -> None:
         """Record that some server is about to be told to load ``version``."""
         self._newest_told = max(self._newest_told, version)
+        self._lowest = min(self._lowest, version)
 
     def advance(
         self, version: int, recipe: Sequence[HttpRequest] | None, *, has_base: bool = True
     ) -> None:
         """Make ``version`` the version of the pool, in either direction (recovery goes back).
 
+        Going back fails what waits for weights that are given up by it.
+
         Args:
             version: The version.
             recipe: The requests that bring a server to its base weights; None: nobody can.
             has_base: Whether it changed the base weights, and not an adapter alone.
         """
+        if version < self.version:
+            self._abandoned = max(self._abandoned, self._newest_told)
+            self._newest_told = version
         self.version, self.recipe = version, recipe
         if has_base:
             self.base_version = version
         self.told(version)
+        self._lowest = version
+        self._leases.fail(
+            lambda waiter: self._will_not_come(waiter.min_version),
+            lambda waiter: self._went_back(waiter.min_version),
+        )
         self._leases.hand_over()
 
     @contextmanager

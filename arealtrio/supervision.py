@@ -103,7 +103,7 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
 
 def _take_back(pool: ServerPool, server: Server) -> None:
     """Put a server into service again, unless an update or a pause began meanwhile."""
-    overtaken = server.version < pool.version or pool.is_held(server)
+    overtaken = not pool.is_current(server.version) or pool.is_held(server)
     if server.state in OUT_OF_ORDER and not overtaken:
         pool.take_back(server)
 
@@ -139,7 +139,7 @@ def _notice_restart(pool: ServerPool, server: Server) -> None:
 def _has_its_base(pool: ServerPool, server: Server) -> bool:
     """Whether it missed nothing but adapters."""
     known = server.labelled and server.info.weight_version is not None and not server.tainted
-    return known and server.base_version >= pool.base_version
+    return known and pool.base_version <= server.base_version <= pool.newest_told
 
 
 async def _load_adapters(pool: ServerPool, server: Server) -> None:
@@ -151,7 +151,7 @@ async def _load_adapters(pool: ServerPool, server: Server) -> None:
 def _has_its_weights(pool: ServerPool, server: Server) -> bool:
     """Whether it was out of service for another reason, and missed no update."""
     ours = server.labelled and not server.tainted
-    return ours and server.info.weight_version == server.version >= pool.version
+    return ours and server.info.weight_version == server.version and pool.is_current(server.version)
 
 
 def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:

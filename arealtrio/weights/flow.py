@@ -41,6 +41,13 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
 
 
 async def _update_all(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
+    try:
+        return await _update_takers(pool, update)
+    finally:
+        _take_out_outdated(pool)
+
+
+async def _update_takers(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
     started = trio.current_time()
     servers = _takers(pool.servers)
     failed: dict[str, str] = {}
@@ -83,9 +90,14 @@ def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult)
     if update.kind == "lora":
         pool.adapters.switch(update.name, update.path, update.version)
     pool.advance(update.version, _recipe(pool, update), has_base=update.kind != "lora")
-    for server in pool.servers:  # joined or returned while the update was under way
-        if server.state is ServerState.READY and server.version < update.version:
-            pool.mark_stale(server, f"missed the update to version {update.version}")
+
+
+def _take_out_outdated(pool: ServerPool) -> None:
+    """Take out who joined or returned during the update, or went back in one that failed."""
+    for server in pool.servers:
+        if server.state in IN_SERVICE and not pool.is_current(server.version):
+            missed = f"missed the update to version {pool.version}"
+            pool.mark_stale(server, f"{missed}: it has {server.version}")
 
 
 def _recipe(pool: ServerPool, update: WeightUpdate) -> Sequence[HttpRequest] | None:

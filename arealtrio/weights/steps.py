@@ -17,7 +17,7 @@ def lacks_weights(pool: ServerPool, server: Server) -> str:
         return ""
     if server.frozen or server.tainted:
         return f"it is {server.state.value} ({server.reason})"
-    if server.base_version < pool.base_version or server.version < pool.version:
+    if server.base_version < pool.base_version or not pool.is_current(server.version):
         return f"it has version {server.version}, not {pool.version}"
     return ""
 
