@@ -21,17 +21,21 @@ class LoaderPlace:
         position: Prompts taken of it.
         ahead: Prompts that it gave and nobody has taken.
         loader: What its own ``state_dict`` said; None where it has none.
+        ended: Whether it had said that there is no more: then such a loader begins its next pass.
     """
 
     epoch: int
     position: int = 0
     ahead: tuple[Prompt, ...] = ()
     loader: Any = None
+    ended: bool = False
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
         """Read it out of a checkpoint."""
-        return cls(state["epoch"], state["position"], tuple(state["ahead"]), state["loader"])
+        names = ("epoch", "position", "ahead", "loader", "ended")
+        epoch, position, ahead, loader, ended = (state[name] for name in names)
+        return cls(epoch, position, tuple(ahead), loader, ended)
 
     @classmethod
     def between_epochs(cls, epoch: int, loader: object) -> Self:
@@ -45,6 +49,7 @@ class LoaderPlace:
             "position": self.position,
             "ahead": list(self.ahead),
             "loader": self.loader,
+            "ended": self.ended,
         }
 
 
@@ -128,7 +133,9 @@ class RecordedFeed(LoaderFeed):
         """Where the loader is now."""
         if not self._begun or self.position < self._taken:
             return self._place or LoaderPlace(self.epoch)
-        return LoaderPlace(self.epoch, self.position, tuple(self._ahead), state_of(self.loader))
+        return LoaderPlace(
+            self.epoch, self.position, tuple(self._ahead), state_of(self.loader), self._ended
+        )
 
     # --- the prompts of an earlier life ------------------------------------------------------
 
@@ -151,12 +158,13 @@ class RecordedFeed(LoaderFeed):
             self._iterator = iter(self.loader)
             return
         load(place.loader)
-        self._iterator = iter(self.loader)
         if place.epoch == self.epoch:
             self.position = place.position
             self._ahead.extend(place.ahead)
-        for _ in range(place.epoch, self.epoch):  # the rest of the checkpoint's epoch, and others
-            deque(self._iterator, maxlen=0)
+            self._ended = place.ended
+        for _ in range(place.epoch + place.ended, self.epoch):  # what is left of earlier passes
+            deque(self.loader, maxlen=0)
+        if not self._ended:
             self._iterator = iter(self.loader)
         if self.position > self._taken:
             raise LedgerError(

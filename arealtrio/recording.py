@@ -121,10 +121,9 @@ class Recording:
     def open_feed(self, loader: DataLoader) -> RecordedFeed:
         """The feed of the next epoch."""
         assert self._restored is not None, "begin comes first"
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        restored, loaded = self._restored, self._loaded
+        epoch, restored, loaded = self._epoch, self._restored, self._loaded
         last = max([epoch, *restored.taken, *([loaded["epoch"]] if loaded else [])])
-        self._feed = RecordedFeed(
+        feed = RecordedFeed(
             loader,
             epoch,
             restored.taken.get(epoch, 0),
@@ -134,8 +133,10 @@ class Recording:
         )
         if epoch >= last:  # the loader has gone on from where the checkpoint left it
             self._loaded = None
+        self._epoch += 1
         self._loader = loader
-        return self._feed
+        self._feed = feed
+        return feed
 
     def entries(self) -> list[Entry]:
         """Remove what is left to do of the epoch whose feed is open, and return it."""

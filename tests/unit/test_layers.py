@@ -67,7 +67,7 @@ SEES_BESIDE = {
     "cli": "embedded",
     "demo": "embedded testing",
     "simulate": "testing",
-    "testing": "executor transport wire",  # a Transport, and runs of the whole house on it
+    "testing": "executor recording transport wire",  # a Transport, and runs of the whole house on it
 }
 
 # The one door through which each outside library comes in.
