@@ -113,17 +113,33 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     _notice_restart(pool, server)
     version = server.version
     if not _has_its_weights(pool, server):
-        version = pool.version
+        version, label = pool.version, server.info.weight_version
         if not _has_its_base(pool, server):
-            await _load(pool, server, _recipe_for(pool, server))
-            server.base_version = pool.base_version
+            label = await _restore_base(pool, server)
         await _load_adapters(pool, server)
-        await pool.label(server, version)
+        if label != version or not server.labelled:
+            await pool.label(server, version)
     await pool.confirm(server, version)
     server.tainted = False
     if server.frozen:
         await pool.resume(server)
     return version
+
+
+async def _restore_base(pool: ServerPool, server: Server) -> int | None:
+    """Give a server the base weights of this moment; the pool may go on to others meanwhile.
+
+    Returns:
+        The label that it carries then. It came before the weights, and is not set again: a server
+        that was started again after them does not have it.
+    """
+    base_version, recipe = pool.base_version, _recipe_for(pool, server)
+    await _load(pool, server, recipe)
+    if recipe:
+        server.labelled = pool.dialect.has_labels
+        await pool.confirm(server, base_version)
+    server.base_version = base_version
+    return base_version if recipe else server.info.weight_version
 
 
 def _notice_restart(pool: ServerPool, server: Server) -> None:

@@ -171,3 +171,4 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)
     server.labelled = pool.dialect.has_labels
+    await pool.confirm(server, update.version)

@@ -289,7 +289,10 @@ class VllmDialect(VllmWeights):
         return body.post("/resume")
 
     def load_weights(self, path: str, version: int) -> Sequence[HttpRequest]:
-        """Load, drop the cache, set the label.
+        """Set the label, load, drop the cache.
+
+        The label comes first, of a server that is paused: one that dies and is started again before
+        the end has its first weights, and does not have the label when it is asked for it.
 
         ``reset_running_requests`` puts frozen requests back into the queue, so that their keys and
         values are computed again by the new weights, as AReaL's interruptible generation does
@@ -297,9 +300,9 @@ class VllmDialect(VllmWeights):
         """
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         return (
+            self.label_weights(version),
             body.post("/collective_rpc", reload),
             body.post(RESET_CACHE),
-            self.label_weights(version),
         )
 
     def label_weights(self, version: int) -> HttpRequest:

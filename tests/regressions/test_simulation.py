@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import trio
 from trio.testing import MockClock
 
+from arealtrio import WeightUpdate, WorkflowExecutor
 from arealtrio.errors import StalenessBudgetExhausted
-from arealtrio.testing import simulated_executor
+from arealtrio.testing import (
+    ScriptedModel,
+    SimulatedFleet,
+    SimulatedServerSettings,
+    checkpoint,
+    simulated_executor,
+)
 from arealtrio.types import Outcome
 
 from ..unit.puppet import Instant, prompts
@@ -27,3 +37,68 @@ async def test_a_result_that_nobody_takes_in_time_gives_its_budget_back(
         assert (await executor.wait_for_task(task)).outcome is Outcome.EXPIRED
         counts = executor.counts.as_dict()
         assert (counts["accepted"], counts["expired"]) == (1, 1)
+
+
+LOADS_FOR_3_S = (SimulatedServerSettings(load_time_s=3.0),) * 2
+
+
+def to(version: int, **how: Any) -> WeightUpdate:
+    return WeightUpdate.from_disk(checkpoint(version), version, **how)
+
+
+async def check_weights(executor: WorkflowExecutor, fleet: SimulatedFleet, version: int) -> None:
+    """Every server that is in service in the end has the weights that its label names."""
+    await executor.wait_ready(60.0)
+    assert executor.get_version() == version
+    for server in fleet:
+        model = server.scheduler.model
+        assert isinstance(model, ScriptedModel)
+        assert (model.version, server.scheduler.weight_version) == (version, str(version))
+
+
+async def test_a_server_that_comes_back_during_an_update_has_the_weights_of_its_label(
+    autojump_clock: MockClock,
+) -> None:
+    """It was restoring the ones before, and was then taken to have the new ones, but the label."""
+    async with simulated_executor(servers=LOADS_FOR_3_S) as (executor, fleet):
+        await executor.update_weights(to(1))
+        fleet.faults.plan("failed_load", server=fleet.servers[0])
+        result = await executor.update_weights(to(2, rolling=True))
+        assert result.updated == ("http://server-1",)
+        await check_weights(executor, fleet, 2)
+
+
+async def test_a_server_that_restarts_within_an_update_does_not_get_the_label_of_its_weights(
+    autojump_clock: MockClock,
+) -> None:
+    """Loaded, started again, labelled: its first weights went by the name of the new ones."""
+    async with simulated_executor(servers=LOADS_FOR_3_S) as (executor, fleet):
+        fleet.faults.plan("restart", server=fleet.servers[0], path="/reset_prefix_cache")
+        result = await executor.update_weights(to(1))
+        assert list(result.failed) == ["http://server-0"]
+        await check_weights(executor, fleet, 1)
+
+
+async def test_a_server_that_restarts_while_it_is_restored_is_restored_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with simulated_executor(servers=LOADS_FOR_3_S) as (executor, fleet):
+        first = fleet.servers[0]
+        first.die()
+        await executor.update_weights(to(1))
+        fleet.faults.plan("restart", server=first, path="/reset_prefix_cache")
+        first.restart()
+        await trio.sleep(1.0)
+        await check_weights(executor, fleet, 1)
+
+
+async def test_a_server_that_keeps_the_old_label_has_not_taken_the_update(
+    autojump_clock: MockClock,
+) -> None:
+    """What waited for it through the update was stamped with the version before."""
+    async with simulated_executor(servers=LOADS_FOR_3_S) as (executor, fleet):
+        fleet.faults.plan("wrong_version", server=fleet.servers[0])
+        result = await executor.update_weights(to(1))
+        assert list(result.failed) == ["http://server-0"]
+        assert "reports version" in result.failed["http://server-0"]
+        await check_weights(executor, fleet, 1)
