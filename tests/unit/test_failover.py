@@ -19,7 +19,14 @@ from arealtrio.config import RolloutConfig
 from arealtrio.embedded.model import TinyModel
 from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import NoServerAvailable
-from arealtrio.types import GenerationHyperparameters, ModelRequest, ModelResponse
+from arealtrio.transport import HttpTransport
+from arealtrio.types import (
+    GenerationHyperparameters,
+    HttpRequest,
+    HttpResponse,
+    ModelRequest,
+    ModelResponse,
+)
 from arealtrio.weights import WeightUpdate, update_weights
 
 from .embedded_server import VOCAB_SIZE, save_weights
@@ -97,6 +104,24 @@ async def until_full(fleet: Fleet) -> None:
         )
 
 
+class CountsSegments(HttpTransport):
+    """Real HTTP that counts the segments one server was asked for."""
+
+    def __init__(self, address: str, wanted: int) -> None:
+        super().__init__()
+        self.reached = trio.Event()
+        self._address, self._left = address, wanted
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *args: Any, **more: Any
+    ) -> HttpResponse:
+        if base_url == self._address and "generate" in request.path:
+            self._left -= 1
+            if not self._left:
+                self.reached.set()
+        return await super().request(base_url, request, *args, **more)
+
+
 # --- processes that are killed ------------------------------------------------------------------
 
 
@@ -113,14 +138,15 @@ async def test_a_server_killed_under_load_loses_no_generation_and_comes_back(
             segment_tokens=SEGMENT_TOKENS,
             **QUICK,
         )
-        async with open_engine(config) as engine:
+        transport = CountsSegments(victim.url, 2 * CAP)  # all are in their second: some to lose
+        async with transport, open_engine(config, transport=transport) as engine:
             generations = Generations(engine)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(generations.run, GENERATIONS)
                 await trio.testing.wait_all_tasks_blocked()
                 assert outstanding(engine) == [CAP, CAP]
                 assert engine.pool.waiting == GENERATIONS - 2 * CAP
-                await trio.sleep(0.05)  # so that there is something to lose
+                await transport.reached.wait()
                 victim.kill()
                 await until_states(engine, "ejected", "ready")
                 victim.start()
