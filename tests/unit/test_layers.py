@@ -67,7 +67,7 @@ SEES_BESIDE = {
     "cli": "embedded",
     "demo": "embedded testing",
     "simulate": "testing",
-    "testing": "executor recording transport wire",  # a Transport, and runs of the whole house on it
+    "testing": "executor recording transport wire",  # a Transport, and runs of the whole house
 }
 
 # The one door through which each outside library comes in.
@@ -82,7 +82,7 @@ DOORS = {
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
-        "asyncio_workflow bridge cli demo controller executor rollouts groups lifetime "
+        "asyncio_workflow bridge cli demo controller executor rollouts rollout_engine lifetime "
         "waiting engine weights supervision servers pressure leases transport reward workflow "
         "embedded testing watch stall adapters lora memory simulate ledger recording containment"
     ),

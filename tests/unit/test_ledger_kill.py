@@ -1,0 +1,152 @@
+"""A real trainer, killed by SIGKILL at random moments: what it loses, and what it does twice.
+
+Four times by default. ``AREALTRIO_KILLS=20 pytest tests/unit/test_ledger_kill.py`` is the long one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from arealtrio.demo.task import base_model
+from arealtrio.embedded.serve import ServerSettings, running_server
+
+from .ledger_trainer import FLUSH_S, GROUP, PROMPTS
+
+KILLS = int(os.environ.get("AREALTRIO_KILLS", "4"))
+SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
+SERVERS = 2
+
+
+class Watched:
+    """The servers' own count of what was asked of them, request by request."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []  # prompts, in order
+        self.more = trio.Event()
+
+    def watch(self, submit: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request_id: str, *args: Any, **kwargs: Any) -> Any:
+            self.asked.append(request_id.partition(".")[0].rpartition("-")[2])
+            self.more.set()
+            self.more = trio.Event()
+            return submit(request_id, *args, **kwargs)
+
+        return call
+
+    async def until(self, count: int) -> None:
+        while len(self.asked) < count:
+            await self.more.wait()
+
+
+def finished(directory: Path) -> set[str]:
+    """The prompts that the ledger, as the killed trainer left it, holds the groups of.
+
+    Those of weights newer than the checkpoint's are to be made again.
+    """
+    checkpoint = directory / "checkpoint.json"
+    state = json.loads(checkpoint.read_text())["rollout"] if checkpoint.exists() else {}
+    if not (directory / "ledger").exists():
+        return set()
+    copy = directory / "copy"
+    for suffix in ("", "-wal"):
+        source = directory / f"ledger{suffix}"
+        if source.exists():
+            shutil.copy(source, f"{copy}{suffix}")
+    with sqlite3.connect(copy) as db:
+        there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'groups'").fetchone()
+        rows = db.execute(
+            "SELECT mark FROM prompts JOIN groups USING (key) WHERE tail <= ?",
+            (state.get("version", 0),),
+        ).fetchall() if there else []  # fmt: skip
+    db.close()
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{copy}{suffix}").unlink(missing_ok=True)
+    return {mark for (mark,) in rows}
+
+
+async def live(
+    directory: Path, urls: list[str], watched: Watched, kill_after: int | None, rng: random.Random
+) -> bool:
+    """One life of the trainer; say whether it was killed, and not at its end already."""
+    command = [sys.executable, "-m", "tests.unit.ledger_trainer", str(directory), *urls]
+    process = await trio.lowlevel.open_process(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        async with trio.open_nursery() as nursery:
+            if kill_after is not None:
+
+                async def kill() -> None:
+                    await watched.until(len(watched.asked) + kill_after)
+                    await trio.sleep(rng.uniform(0, 5 * FLUSH_S))  # the moment is to be any
+                    process.send_signal(signal.SIGKILL)
+
+                nursery.start_soon(kill)
+            status = await process.wait()
+            nursery.cancel_scope.cancel()
+    finally:
+        process.kill()  # harmless once it has ended
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.timeout(60 + 15 * KILLS)
+async def test_a_trainer_killed_at_random_moments_trains_every_prompt_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(SEED)
+    base_model().save(tmp_path / "v0")
+    watched = Watched()
+    async with trio.open_nursery() as nursery:
+        urls = []
+        for _ in range(SERVERS):
+            settings = ServerSettings(weights=tmp_path / "v0", max_num_seqs=16, token_time_s=0.001)
+            url = await nursery.start(serve, settings, watched, monkeypatch)
+            urls.append(url)
+        kills = 0
+        kept: set[str] = set()
+        share = GROUP * PROMPTS // (KILLS + 1)
+        for _ in range(KILLS):
+            before = len(watched.asked)
+            kills += await live(tmp_path, urls, watched, rng.randint(1, share), rng)
+            again = kept & set(watched.asked[before:])
+            assert not again, f"generated again though finished: {again} (seed {SEED})"
+            kept |= finished(tmp_path)
+        before = len(watched.asked)
+        assert not await live(tmp_path, urls, watched, None, rng)
+        assert not kept & set(watched.asked[before:])
+        nursery.cancel_scope.cancel()
+    ended = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert ended["ended"]
+    assert Counter(ended["trained"]) == Counter(str(n) for n in range(PROMPTS))
+    assert kills == KILLS
+    assert kept
+    # What was generated twice was unfinished, not durable yet, or of weights that were lost.
+    assert GROUP * PROMPTS <= len(watched.asked) <= GROUP * PROMPTS * (1 + KILLS)
+
+
+async def serve(
+    settings: ServerSettings,
+    watched: Watched,
+    monkeypatch: pytest.MonkeyPatch,
+    task_status: trio.TaskStatus[str],
+) -> None:
+    async with running_server(settings) as server:
+        monkeypatch.setattr(server.scheduler, "submit", watched.watch(server.scheduler.submit))
+        task_status.started(server.url)
+        await trio.sleep_forever()
