@@ -102,3 +102,16 @@ async def test_a_server_that_keeps_the_old_label_has_not_taken_the_update(
         assert list(result.failed) == ["http://server-0"]
         assert "reports version" in result.failed["http://server-0"]
         await check_weights(executor, fleet, 1)
+
+
+async def test_a_wrong_label_is_set_right_where_there_is_nothing_to_load(
+    autojump_clock: MockClock,
+) -> None:
+    """An adapter alone mends no base weights, so the server would stay out for ever."""
+    async with simulated_executor(servers=LOADS_FOR_3_S) as (executor, fleet):
+        fleet.faults.plan("wrong_version", server=fleet.servers[0])
+        await executor.update_weights(WeightUpdate.lora("policy", "/", 1))
+        await executor.wait_ready(60.0)
+        await executor.update_weights(WeightUpdate.lora("policy", "/", 2))
+        await executor.wait_ready(60.0)
+        assert {server.scheduler.weight_version for server in fleet} == {"2"}
