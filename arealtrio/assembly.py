@@ -59,7 +59,7 @@ class BatchAssembly:
         Raises:
             UsageError: For another loader while prompts of the last one are under way.
         """
-        if self._stream is None:
+        if self._stream is None or self._never_begun(self._stream, loader):
             self._stream = BatchStream(
                 loader,
                 self._order,
@@ -73,6 +73,11 @@ class BatchAssembly:
         self._stream.refuse(loader)
         self._consumption.take_places(self._stream.set_dynamic(dynamic))
         return self._stream
+
+    def _never_begun(self, stream: BatchStream, loader: DataLoader) -> bool:
+        """Whether ``loader`` may take the place of a stream's, which could not even be iterated."""
+        other = stream.feed.loader is not loader
+        return other and not stream.feed.begun and self._recording is None
 
     def step(self, stream: BatchStream, version: int) -> Batch | int | None:
         """How many prompts to read now; or a batch, empty at the end; None while there is neither.

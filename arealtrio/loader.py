@@ -15,17 +15,29 @@ class LoaderFeed:
     """One pass over a data loader.
 
     A loader yields prompts, or lists of prompts (as a batching loader does). An exception of the
-    loader arrives as itself, and what was read before it is not lost.
+    loader arrives as itself, and what was read before it is not lost; the next read goes on, as far
+    as the loader does (a generator that raised has ended).
 
     Args:
-        loader: Any iterable; ``iter`` is called once.
+        loader: Any iterable. ``iter`` is called once, at the first read: a loader may start its
+            workers there, which is to be in its reader's thread too.
+
+    Raises:
+        UsageError: If it is none.
     """
 
     def __init__(self, loader: Iterable[Prompt | Sequence[Prompt]]) -> None:
+        if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise UsageError(f"a data loader can be iterated; {type(loader).__name__} can not")
         self.loader = loader
         self._ended = False
-        self._iterator: Iterator[Prompt | Sequence[Prompt]] = iter(loader)
+        self._iterator: Iterator[Prompt | Sequence[Prompt]] | None = None
         self._ahead: deque[Prompt] = deque()  # read, and not yet removed
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was read."""
+        return self._iterator is not None
 
     @property
     def exhausted(self) -> bool:
@@ -50,6 +62,8 @@ class LoaderFeed:
         return self.pop(count)
 
     def _read(self) -> None:
+        if self._iterator is None:
+            self._iterator = iter(self.loader)
         try:
             item = next(self._iterator)
         except StopIteration:

@@ -525,6 +525,102 @@ async def test_a_loader_of_something_else_is_refused(autojump_clock: Clock) -> N
             await executor.prepare_batch([3], Instant())  # type: ignore[list-item]
 
 
+class StatefulLoader:
+    """What torchdata's StatefulDataLoader promises: it can be told where to go on, and by itself
+    says where it is; each ``iter`` begins a pass, the first one where ``load_state_dict`` said."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._next, self.passes = count, 0, 0
+        self._told: int | None = None
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        self.passes += 1
+        self._next, self._told = self._told or 0, None
+        while self._next < self._count:
+            self._next += 1
+            yield [{"prompt_id": self._next - 1}]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._told = state["next"]
+
+
+async def epoch(executor: WorkflowExecutor, loader: Any) -> list[list[int]]:
+    seen = []
+    async for batch in executor.batches(loader, Instant()):
+        seen.append(prompt_ids(batch))
+        await executor.set_version(executor.get_version() + 1)
+    return seen
+
+
+async def test_a_stateful_loader_goes_on_where_it_was_told_and_then_from_the_start(
+    autojump_clock: Clock,
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        loader = StatefulLoader(5)
+        loader.load_state_dict({"next": 2})
+        assert await epoch(executor, loader) == [[2, 3], [4]]
+        assert await epoch(executor, loader) == [[0, 1], [2, 3], [4]]
+        assert loader.passes == 2
+
+
+async def test_a_loader_that_is_its_own_iterator_has_one_epoch(autojump_clock: Clock) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        loader = prompts(3)
+        assert await epoch(executor, loader) == [[0, 1], [2]]
+        assert await epoch(executor, loader) == []
+        assert await epoch(executor, prompts(2)) == [[0, 1]]  # another takes its place
+
+
+async def test_a_loader_that_raises_in_the_middle_of_an_epoch_loses_no_prompt(
+    autojump_clock: Clock,
+) -> None:
+    """Several times, while earlier prompts are under way and batches wait."""
+
+    class Stumbles:
+        def __iter__(self) -> Iterator[Prompt]:
+            steps = count()
+            source = prompts(9)
+            return iter(lambda: self._next(next(steps), source), None)
+
+        def _next(self, step: int, source: Iterator[Prompt]) -> Prompt | None:
+            if step % 3 == 2:
+                raise OSError(f"at step {step}")
+            return next(source, None)
+
+    async with simulated_executor(servers=1, consumer_batch_size=2, max_staleness=1) as (
+        executor,
+        _,
+    ):
+        loader, seen, errors = Stumbles(), [], 0
+        while True:
+            try:
+                batch = await step(executor, loader, Instant())
+            except OSError:
+                errors += 1
+            except StopAsyncIteration:
+                break
+            else:
+                seen += prompt_ids(batch)
+        assert sorted(seen) == list(range(9))
+        assert errors == 4
+
+
+async def test_a_loader_that_could_not_begin_gives_way_to_another(autojump_clock: Clock) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[Prompt]:
+            raise OSError("no workers")
+
+    async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
+        with pytest.raises(OSError, match="no workers"):
+            await executor.prepare_batch(Broken(), Instant())
+        with pytest.raises(UsageError, match="int can not"):
+            await executor.prepare_batch(5, Instant())  # type: ignore[arg-type]
+        assert await epoch(executor, prompt_list(2)) == [[0, 1]]
+
+
 async def test_another_loader_is_refused_while_one_is_under_way(autojump_clock: Clock) -> None:
     async with simulated_executor(servers=1, consumer_batch_size=2) as (executor, _):
         first = prompt_list(6)

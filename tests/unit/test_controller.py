@@ -205,11 +205,12 @@ def test_the_loader_is_iterated_in_the_callers_thread_and_its_error_is_its_own()
             self.source = loader()
             self.stumbled = False
 
-        def __iter__(self) -> Iterator[Prompt]:
+        def __iter__(self) -> Iterator[Prompt]:  # where a loader starts its workers
+            where.append(threading.current_thread())
             return self
 
         def __next__(self) -> Prompt:
-            if len(where) == 2 and not self.stumbled:
+            if len(where) == 3 and not self.stumbled:
                 self.stumbled = True
                 raise OSError("the disk")
             return next(self.source)

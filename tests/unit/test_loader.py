@@ -83,6 +83,36 @@ def test_the_loader_is_iterated_once() -> None:
             return iter(numbered(0, 1))
 
     feed = LoaderFeed(Loader())
+    assert not calls  # not before the first read: that is in the reader's thread
+    assert not feed.begun
     feed.take(1)
     feed.take(1)
     assert calls == [1]
+    assert feed.begun
+
+
+def test_one_that_can_not_begin_may_begin_later() -> None:
+    class Loader:
+        def __init__(self) -> None:
+            self.errors = [OSError("no workers")]
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            if self.errors:
+                raise self.errors.pop()
+            return iter(numbered(0))
+
+    feed = LoaderFeed(Loader())
+    with pytest.raises(OSError, match="no workers"):
+        feed.take(1)
+    assert feed.take(1) == numbered(0)
+
+
+def test_one_of_the_old_protocol_is_a_loader_and_no_iterable_is_none() -> None:
+    class Dataset:
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return numbered(0, 1)[index]
+
+    assert LoaderFeed(Dataset()).take(9) == numbered(0, 1)  # type: ignore[arg-type]
+    for wrong in (5, None, object()):
+        with pytest.raises(UsageError, match=f"{type(wrong).__name__} can not"):
+            LoaderFeed(wrong)  # type: ignore[arg-type]
