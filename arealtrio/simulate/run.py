@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import trio
 
 from ..rows import trajectory_from_response
@@ -18,7 +20,8 @@ from .occupancy import Occupancy
 from .outcome import Outcome, Step
 from .plan import NEVER_S, SIMULATED_MAX, Plan
 
-_PROMPT = [1, 2, 3]  # of what length does not matter: ``latency_s`` is what its prefill takes
+# Of what length does not matter: ``latency_s`` is what its prefill takes.
+_PROMPT = np.array([1, 2, 3], dtype=np.int32)
 
 
 def simulate(
@@ -118,8 +121,13 @@ class _Workflow:
 
     async def arun_episode(self, engine: Engine, data: Mapping[str, Any]) -> Trajectory:
         tokens = max(1, round(next(data["lengths"]) / self._grain))
-        wanted = GenerationHyperparameters(
-            max_new_tokens=tokens, max_tokens=SIMULATED_MAX + 1000, ignore_eos=True
-        )
-        response = await engine.agenerate(ModelRequest(_PROMPT, wanted))
+        response = await engine.agenerate(ModelRequest(_PROMPT, _exactly(tokens)))
         return trajectory_from_response(response, 0.0)
+
+
+@lru_cache(maxsize=4096)  # they are checked whenever one is made, and the same lengths come again
+def _exactly(tokens: int) -> GenerationHyperparameters:
+    """Ask for so many tokens, no fewer."""
+    return GenerationHyperparameters(
+        max_new_tokens=tokens, max_tokens=SIMULATED_MAX + 1000, ignore_eos=True
+    )
