@@ -33,13 +33,12 @@ class Generation:
     That release is synchronous, so it works in a cancelled scope too: a handler whose client went
     away leaves no sequence behind.
 
-    Times are trio's: ``started``, and of each sequence its first token and its end. ``on_end`` is
-    called when the last sequence has finished.
+    Times are trio's: of each sequence its first token and its end. ``on_end`` is called when the
+    last sequence has finished.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.sequences: list[Sequence] = []
-        self.started = trio.current_time()
         self.first_token_at: dict[Sequence, float] = {}
         self.finished_at: dict[Sequence, float] = {}
         self.on_end: Callable[[], None] = lambda: None
@@ -88,12 +87,12 @@ class Generation:
     def on_token(self, sequence: Sequence) -> None:
         """Wake whoever streams; the scheduler calls it."""
         if sequence not in self.first_token_at:
-            self.first_token_at[sequence] = trio.current_time()
+            self.first_token_at[sequence] = self._engine.now()
         self._progress.set()
 
     def on_finish(self, sequence: Sequence) -> None:
         """Wake whoever waits; the scheduler calls it."""
-        self.finished_at[sequence] = trio.current_time()
+        self.finished_at[sequence] = self._engine.now()
         self._progress.set()
         if self.finished:
             self._finished.set()
@@ -280,6 +279,10 @@ class Engine:
                 raise
             if version is not None:
                 self.set_version(version)
+
+    def now(self) -> float:
+        """The time of what happens in the scheduler now, on trio's clock."""
+        return trio.current_time()
 
     def unix_time(self) -> float:
         """Seconds since 1970. A subclass on a virtual clock has another opinion."""

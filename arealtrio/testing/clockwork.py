@@ -104,6 +104,7 @@ class TimedScheduler(Scheduler):
         self._clock = clock
         self._unused = np.random.default_rng(0)
         self._logprob = model.logprob
+        self.looked_at = -math.inf  # when ``step`` was called last
         self._steps = 0  # decode steps so far
         self._due = math.inf  # when the next one is made
         self._progress: dict[Sequence, _Progress] = {}
@@ -152,7 +153,8 @@ class TimedScheduler(Scheduler):
 
     def step(self) -> int:
         """Take every decode step that is due by now, and return how many."""
-        before, now = self._steps, self._clock()
+        before = self._steps
+        self.looked_at = now = self._clock()
         while self._due <= now + self._step_s() * _ROUNDING:
             if self.state == "poisoned":
                 self._due = math.inf
@@ -437,6 +439,10 @@ class TimedEngine(Engine):
     def set_version(self, label: str) -> None:
         """See the base class."""
         super().set_version(self._on_label(label))
+
+    def now(self) -> float:
+        """See the base class; whoever changes the scheduler has asked the clock just now."""
+        return self.scheduler.looked_at
 
     def unix_time(self) -> float:
         """The virtual clock's, 0 before its run: the machine's would make no two runs the same."""

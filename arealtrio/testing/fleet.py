@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import trio
 
@@ -113,7 +113,8 @@ class SimulatedFleet:
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> HttpResponse:
         """See ``Transport.request``."""
-        server = await self._server_at(base_url)
+        server = self._by_address.get(base_url) or await self._nobody(base_url)
+        self._check_open()
         self._note(server, request, "", len(request.body))
         mishap = self.faults.on_exchange(server, request) if self.faults.active else None
         try:
@@ -139,7 +140,8 @@ class SimulatedFleet:
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> AsyncIterator[SimulatedStream]:
         """See ``Transport.stream``. The pieces arrive as they are made."""
-        server = await self._server_at(base_url)
+        server = self._by_address.get(base_url) or await self._nobody(base_url)
+        self._check_open()
         self._note(server, request, "", len(request.body))
         mishap = self.faults.on_exchange(server, request) if self.faults.active else None
         size_bytes, outcome = 0, "left"
@@ -154,14 +156,14 @@ class SimulatedFleet:
         finally:
             self._note(server, request, outcome, size_bytes)
 
-    async def _server_at(self, base_url: str) -> SimulatedServer:
+    async def _nobody(self, base_url: str) -> NoReturn:
+        self._check_open()
+        await trio.lowlevel.checkpoint()
+        raise ConnectFailed(f"no simulated server has the address {base_url}")
+
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the simulated fleet is closed")
-        server = self._by_address.get(base_url)
-        if server is None:
-            await trio.lowlevel.checkpoint()
-            raise ConnectFailed(f"no simulated server has the address {base_url}")
-        return server
 
     async def aclose(self) -> None:
         """Refuse every further request. Those in flight end with the tasks that wait for them."""

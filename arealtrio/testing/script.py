@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..embedded.sampling import Logits, SamplingParams
 from ..errors import UsageError
@@ -85,8 +85,7 @@ def load(path: Path) -> ScriptedModel:
     return ScriptedModel(int(number))
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The whole answer to one request, before a token of it is made.
 
     Args:

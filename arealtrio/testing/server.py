@@ -323,6 +323,7 @@ class SimulatedServer:
         with trio.CancelScope(deadline=deadline) as connection.scope:
             await self._connect(connection, limits)
             if mishap is not None and (refusal := mishap.refusal()) is not None:
+                await trio.lowlevel.checkpoint()
                 return refusal
             if not connection.is_cut:
                 answer = await self._respond(request, headers)
@@ -348,7 +349,9 @@ class SimulatedServer:
         return HttpResponse(200, _EVENT_STREAM, b"".join(pieces))
 
     async def _connect(self, connection: Connection, limits: TimeLimits) -> None:
-        await trio.sleep(self.settings.latency_s)
+        """Get through to the server. Where that takes no time it is no checkpoint either."""
+        if self.settings.latency_s:
+            await trio.sleep(self.settings.latency_s)
         if self._unreached is not None:
             with trio.move_on_after(limits.connect_s) as connecting:
                 await self._reach()
@@ -359,6 +362,7 @@ class SimulatedServer:
                     limit="connect_s",
                 )
         if self.condition is ServerCondition.DOWN:
+            await trio.lowlevel.checkpoint()
             raise ConnectFailed(f"{self.address} refused the connection")
         connection.is_cut = self.condition is ServerCondition.HUNG
         self._connections[connection] = None
@@ -399,6 +403,7 @@ class SimulatedServer:
                 return reply
             return await self._whole(reply)
         except (VllmError, SglangError) as exc:
+            await trio.lowlevel.checkpoint()
             return HttpResponse(exc.status, _JSON, json_bytes(exc.body))
 
     async def _whole(self, reply: Reply) -> HttpResponse:
