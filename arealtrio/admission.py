@@ -12,6 +12,7 @@ from collections import deque
 
 from .config import RolloutConfig
 from .delivery import PermitOrder
+from .engine import RemoteEngine
 from .errors import StalenessBudgetExhausted
 from .groups import GroupTask
 from .settlement import RolloutCounts
@@ -110,14 +111,18 @@ class Admission:
         if group in self._starting:
             self._starting.remove(group)
 
-    def next_member(self) -> tuple[GroupTask, int] | None:
-        """Take a slot for the next member that may start: its group and its index in it."""
+    def next_member(self, engine: RemoteEngine) -> tuple[GroupTask, int] | None:
+        """Take a slot for the next member that may start: its group and its index in it.
+
+        Args:
+            engine: That it is to generate with.
+        """
         if not self._starting and not ((self._queue or self._eval_queue) and self._admit()):
             return None
         group = self._starting[0]
         if self.running_members >= (self._eval_slots if group.is_eval else self._slots):
             return None
-        index = group.start_member(self._config.rollout_timeout_s)
+        index = group.start_member(engine, self._config.rollout_timeout_s)
         if not group.to_start:
             self._starting.popleft()
         self.running_members += 1

@@ -64,6 +64,7 @@ class WorkflowExecutor(ServerFace):
     ) -> None:
         super().__init__(config, engine, nursery, staleness_manager)
         self._results = ResultPool(self._order)
+        self._deliver = self._results.deliver  # bound once, and not for each group
         self._consumption = Consumption(config, self.staleness_manager)
         self._assembly = BatchAssembly(
             config,
@@ -126,9 +127,7 @@ class WorkflowExecutor(ServerFace):
                 f"{self._admission.queued} groups are queued, which is the queue_size; "
                 "take results with wait, or raise queue_size"
             )
-        group = arguments.group(
-            task_id, data, self._results.deliver, is_eval=is_eval, is_batched=False
-        )
+        group = arguments.group(task_id, data, self._deliver, is_eval=is_eval, is_batched=False)
         self._results.expect(group)
         self._enqueue([group])
         return task_id

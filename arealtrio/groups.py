@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-import trio
 
 from .containment import contained, what_ends_the_run
+from .engine import RemoteEngine
 from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
 from .loader import Prompt
@@ -48,25 +48,7 @@ ACCEPTED = Verdict(Outcome.ACCEPTED)
 REJECTED = Verdict(Outcome.REJECTED)
 CANCELLED = Verdict(Outcome.CANCELLED)
 ALL_MEMBERS = GroupPolicy.all()
-
-
-class Member:
-    """One member of a group while it runs.
-
-    Args:
-        scope: Cancels it.
-        started: When it got its slot, on trio's clock.
-
-    Attributes:
-        engine: That it generates with; None before its first step.
-    """
-
-    __slots__ = ("engine", "scope", "started")
-
-    def __init__(self, scope: trio.CancelScope, started: float) -> None:
-        self.scope = scope
-        self.started = started
-        self.engine: RolloutEngine | None = None
+ONE_MEMBER = (0,)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -107,13 +89,13 @@ class GroupTask:
     requeued: int = 0  # times that it went back into the queue, without
     prompt_id: str = field(init=False)  # as the data loader named it, else the task's id
     to_start: tuple[int, ...] = field(init=False)  # indices of members
-    running: dict[int, Member] = field(default_factory=dict)
+    running: dict[int, RolloutEngine] = field(default_factory=dict)  # by index
     rows: tuple[tuple[Trajectory, ...], ...] = field(init=False)  # of each that succeeded
     member_failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         self.prompt_id = str(self.data.get("prompt_id", self.task_id))
-        self.to_start = tuple(range(self.size))
+        self.to_start = ONE_MEMBER if self.size == 1 else tuple(range(self.size))
         self.rows = ((),) * self.size
 
     def __str__(self) -> str:
@@ -129,12 +111,19 @@ class GroupTask:
         """Whether no member runs and none is to start."""
         return not self.to_start and not self.running
 
-    def start_member(self, timeout_s: float) -> int:
-        """Count a member as started, set its deadline, and return its index."""
+    def start_member(self, engine: RemoteEngine, timeout_s: float) -> int:
+        """Count a member as started, set its deadline, and return its index.
+
+        Args:
+            engine: That it generates with.
+            timeout_s: Until its deadline.
+        """
         index = self.to_start[0]
         self.to_start = self.to_start[1:]
-        now = trio.current_time()
-        self.running[index] = Member(trio.CancelScope(deadline=now + timeout_s), now)
+        version = self.permit.version if self.permit is not None else 0
+        self.running[index] = RolloutEngine(
+            engine, version, self.prompt_id, self.task_id, timeout_s
+        )
         return index
 
     def take_result(self, index: int, result: object) -> Verdict:
@@ -174,8 +163,8 @@ class GroupTask:
             self.verdict = verdict
         self.stopped = True
         self.to_start = ()
-        for member in self.running.values():
-            member.scope.cancel()
+        for rollout in self.running.values():
+            rollout.scope.cancel()
 
     def begin_again(self) -> None:
         """Forget what its members did; all of them are to be run once more."""

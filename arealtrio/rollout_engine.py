@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
+import trio
+
 from .engine import RemoteEngine
 from .generation import Progress
 from .types import ModelRequest, ModelResponse
@@ -18,12 +20,23 @@ class RolloutEngine:
         min_version: The version of the permit; 0 where there is none.
         prompt_id: Of the rollout's prompt.
         session: Of requests that name none: the members of a group share their prompt.
+        timeout_s: From now to the rollout's deadline.
 
     Attributes:
+        scope: The rollout's own, with its deadline. What runs the rollout enters it.
+        started: When the rollout got its slot, on trio's clock.
         progress: Of its generations, for ``status``; None before the first.
     """
 
-    __slots__ = ("_engine", "_min_version", "_prompt_id", "_session", "progress")
+    __slots__ = (
+        "_engine",
+        "_min_version",
+        "_prompt_id",
+        "_session",
+        "progress",
+        "scope",
+        "started",
+    )
 
     def __init__(
         self,
@@ -31,7 +44,11 @@ class RolloutEngine:
         min_version: int,
         prompt_id: str,
         session: str,
+        timeout_s: float,
     ) -> None:
+        now = trio.current_time()
+        self.scope = trio.CancelScope(deadline=now + timeout_s)
+        self.started = now
         self._engine = engine
         self._min_version = min_version
         self._prompt_id = prompt_id

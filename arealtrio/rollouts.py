@@ -23,7 +23,6 @@ from .errors import DeadlineExceeded, RolloutClosed
 from .failures import FailureBudget
 from .groups import CANCELLED, GroupTask, Verdict, judge
 from .lateness import is_bounded, is_older, outdated, straggler
-from .rollout_engine import RolloutEngine
 from .settlement import Failure, RolloutCounts, RolloutResult, classify
 from .staleness import StalenessManager
 from .stall import StallAlarm
@@ -123,7 +122,7 @@ class RolloutNursery:
     # --- starting --------------------------------------------------------------------------------
 
     def _enqueue(self, groups: Iterable[GroupTask]) -> None:
-        if self._watch is not None:
+        if self._watch is not None and not self.counts.submitted % 16:  # a look now and then
             self._watch.called()
         for group in groups:
             self._live[group.task_id] = group
@@ -133,8 +132,9 @@ class RolloutNursery:
 
     def _pump(self) -> None:
         """Start every member that may start. The only place where a rollout begins."""
-        while not self._closed and (member := self._admission.next_member()) is not None:
-            self._nursery.start_soon(self._run_member, *member, name=member[0].task_id)
+        while not self._closed and (member := self._admission.next_member(self.engine)):
+            group, index = member
+            self._nursery.start_soon(self._run_member, group, index, name=group.task_id)
 
     def _changed(self) -> None:
         """Start what may start now, and wake who can go on."""
@@ -149,13 +149,10 @@ class RolloutNursery:
         if watch is not None:
             watch.between_steps()
         verdict = CANCELLED
-        member = group.running[index]
-        scope = member.scope
+        engine = group.running[index]
+        scope = engine.scope
         try:
             with scope:
-                version = group.permit.version if group.permit else 0
-                engine = RolloutEngine(self.engine, version, group.prompt_id, group.task_id)
-                member.engine = engine
                 result = await group.workflow.arun_episode(engine, group.data)
                 verdict = group.take_result(index, result)
             if scope.cancelled_caught and not group.stopped:

@@ -160,10 +160,10 @@ def _of_group(group: GroupTask, now: float) -> Iterator[MemberStatus]:
 
 
 def _of_member(group: GroupTask, index: int, now: float) -> MemberStatus:
-    member = group.running[index]
-    progress = member.engine.progress if member.engine is not None else None
+    rollout = group.running[index]
+    progress = rollout.progress  # none before it first asks for tokens
     lease = progress.lease if progress else None
-    if member.scope.cancel_called:
+    if rollout.scope.cancel_called:
         stage = Stage.SETTLING
     elif lease is not None:
         stage = Stage.GENERATING
@@ -177,6 +177,6 @@ def _of_member(group: GroupTask, index: int, now: float) -> MemberStatus:
         stage=stage,
         server=lease.server.address if lease else None,
         version=lease.server.version if lease else None,
-        age_s=now - member.started,
+        age_s=now - rollout.started,
         tokens=progress.tokens if progress else 0,
     )

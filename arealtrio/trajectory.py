@@ -98,7 +98,10 @@ class Group:
         """
         stamped: list[tuple[Trajectory, ...]] = []
         for index, rows in enumerate(members):
-            stamped.append(tuple([row.of_member(prompt_id, index) for row in rows]))
+            if len(rows) == 1:  # nearly always
+                stamped.append((rows[0].of_member(prompt_id, index),))
+            else:
+                stamped.append(tuple([row.of_member(prompt_id, index) for row in rows]))
         return cls(
             number=number,
             permit_version=permit_version,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from arealtrio.admission import Admission
 from arealtrio.config import RolloutConfig
 from arealtrio.delivery import PermitOrder
+from arealtrio.engine import RemoteEngine
 from arealtrio.errors import StalenessBudgetExhausted
 from arealtrio.groups import CANCELLED, GroupTask
 from arealtrio.staleness import StalenessManager
@@ -50,7 +51,7 @@ def group(name: str, size: int = 1, *, is_eval: bool = False) -> GroupTask:
 
 def start_all(admission: Admission) -> list[str]:
     started = []
-    while (member := admission.next_member()) is not None:
+    while (member := admission.next_member(cast("RemoteEngine", None))) is not None:
         started.append(f"{member[0].task_id}{member[1]}")
     return started
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import trio
 
+from arealtrio.engine import RemoteEngine
 from arealtrio.errors import ConfigError, WorkflowError
 from arealtrio.group_policy import GroupPolicy
 from arealtrio.groups import (
@@ -23,6 +24,7 @@ from arealtrio.types import FailureKind, Outcome
 
 from .puppet import Instant, row
 
+ENGINE = cast("RemoteEngine", None)  # nothing is asked of it
 FAILED = Verdict(Outcome.FAILED, Failure(FailureKind.WORKFLOW, ValueError("first"), 1))
 
 
@@ -40,7 +42,7 @@ def make(size: int = 3, data: Any = None) -> GroupTask:
 async def started(size: int = 3) -> GroupTask:
     group = make(size)
     for index in range(size):
-        assert group.start_member(5.0) == index
+        assert group.start_member(ENGINE, 5.0) == index
     return group
 
 
@@ -78,7 +80,7 @@ async def test_it_is_accepted_when_the_last_member_is() -> None:
 async def test_the_first_that_does_not_succeed_ends_the_others(verdict: Verdict) -> None:
     group = make(4)
     for _ in range(3):
-        group.start_member(5.0)
+        group.start_member(ENGINE, 5.0)
     group.member_ended(0, ACCEPTED)
     group.member_ended(1, verdict)
     assert group.stopped
@@ -124,7 +126,7 @@ async def test_replace_runs_a_failed_member_again_so_many_times_and_keeps_the_ot
     for _ in range(2):
         group.member_ended(0, FAILED)
         assert list(group.to_start) == [0]
-        assert group.start_member(5.0) == 0
+        assert group.start_member(ENGINE, 5.0) == 0
     group.member_ended(0, FAILED)
     assert group.stopped
     assert group.verdict is FAILED
