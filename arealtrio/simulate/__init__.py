@@ -11,7 +11,11 @@ occupancy   how many slots generate, over time
 run         ``simulate``: one run of a plan
 outcome     ``Outcome``: what came of it
 report      the same as lines for a terminal, and as JSON
+bars        of those lines
 figure      and as a picture; the one module that needs matplotlib
+comparison  several settings, one after another
+progress    a line on the terminal meanwhile
+options     what options take, and the values of a sweep
 command     ``arealtrio simulate``
 """
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import click
 from ..config import QUEUE_ORDERS, SCHEDULE_POLICIES, STRAGGLER_POLICIES
 from ..errors import ArealTrioError, ConfigError
 from .answers import Answers, LogNormalAnswers
+from .comparison import Comparison
 from .options import (
     FLEET,
     LENGTHS,
@@ -29,11 +30,9 @@ from .options import (
     seconds,
     share,
 )
-from .outcome import Outcome, Step
 from .plan import Plan
 from .progress import Progress
 from .report import Setting, as_json, lines
-from .run import simulate
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 PICTURES = (".png", ".svg", ".pdf")
@@ -109,7 +108,7 @@ def command(
     _check_places(plot, json_path)
     outputs = _Outputs(plot, json_path, quiet or json_path == _STDOUT)
     terminal = sys.stderr.fileno() if not quiet and sys.stderr.isatty() else None
-    comparison = _Comparison(_settings(values, axes), Progress(terminal))
+    comparison = Comparison(_settings(values, axes), Progress(terminal))
     try:
         with _leaving_at_once(lambda: _interrupted(comparison, outputs)):
             comparison.run()
@@ -185,40 +184,7 @@ def _draw() -> Callable[[Sequence[Setting], Path], None]:
     return draw
 
 
-# --- running -------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Comparison:
-    """Settings that are run one after another."""
-
-    settings: list[Setting]
-    progress: Progress
-    moments: list[Step] = field(default_factory=list)  # of the one under way
-    done: int = 0
-
-    def run(self) -> None:
-        for index, setting in enumerate(self.settings):
-            self.moments = []
-            self.progress.begin(self._name(index), setting.plan.steps, self.moments)
-            outcome = simulate(setting.plan, self.moments, self.progress.changed)
-            self.settings[index] = replace(setting, outcome=outcome)
-            self.done = index + 1
-        self.progress.clear()
-
-    def _name(self, index: int) -> str:
-        setting = self.settings[index]
-        words = " ".join(f"{name}={value}" for name, value in setting.values.items())
-        return f"{index + 1} of {len(self.settings)} {words}".rstrip()
-
-    def so_far(self) -> list[Setting]:
-        """With what there is of the one under way."""
-        settings = list(self.settings)
-        if self.done < len(settings):
-            under_way = settings[self.done]
-            outcome = Outcome.of(under_way.plan, list(self.moments))
-            settings[self.done] = replace(under_way, outcome=outcome)
-        return settings
+# --- Ctrl-C --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -243,11 +209,11 @@ def _leaving_at_once(last_words: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupted(comparison: _Comparison, outputs: _Outputs) -> None:
+def _interrupted(comparison: Comparison, outputs: _Outputs) -> None:
+    settings = comparison.so_far()
     comparison.progress.clear()
-    step, of = max(0, len(comparison.moments) - 1), len(comparison.settings)
-    click.echo(f"interrupted in step {step} of setting {comparison.done + 1} of {of}", err=True)
-    outputs.write(comparison.so_far())
+    click.echo(f"interrupted in setting {comparison.done + 1} of {len(settings)}", err=True)
+    outputs.write(settings)
     sys.stdout.flush()
 
 

@@ -36,19 +36,21 @@ class Progress:
             moments: Its beginning and its steps so far; looked at whenever a line is written.
         """
         self._what, self._steps, self._moments = what, steps, moments
-        self._next = 0.0
+        self._show()
 
     def changed(self) -> None:
         """Something happened: write a line if it is time for one."""
         self._calls += 1
         if self._descriptor is None or self._calls % _CALLS:
             return
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _BETWEEN_S
-            step = max(0, len(self._moments) - 1)
-            line = f"{self._what}: step {step} of {self._steps}, {self._calls // 2:,} rollouts"
-            self._write(_CLEAR + line[:79])
+        if time.monotonic() >= self._next:
+            self._show()
+
+    def _show(self) -> None:
+        self._next = time.monotonic() + _BETWEEN_S
+        step = max(0, len(self._moments) - 1)
+        line = f"{self._what}: step {step} of {self._steps}, {self._calls // 2:,} rollouts"
+        self._write(_CLEAR + line[:79])
 
     def clear(self) -> None:
         """Leave an empty line."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bars import bar, binned, columns
 from .outcome import Outcome
@@ -14,7 +14,7 @@ from .plan import Plan
 WIDTH = 80
 _BINS = 12
 _NAME = 16  # columns of the names down the left side
-_AXIS = 18  # columns of a swept value at most
+_AXIS = 12  # columns of a swept value at most, where there are two of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,13 @@ def _summary(plan: Plan, outcome: Outcome) -> Iterator[tuple[str, str]]:
     )
     kinds = ", ".join(f"{kind} {used:.0%}" for kind, used in outcome.utilisation_by_kind.items())
     yield "servers busy", f"{outcome.utilisation:.0%} of all slots ({kinds})"
-    yield "answers", f"{outcome.answer_tokens:,.0f} tokens on average, of those trained on"
+    yield (
+        "answers",
+        (
+            f"{outcome.answer_tokens:,.0f} tokens on average where trained on, "
+            f"{plan.answers.mean:,.0f} as given"
+        ),
+    )
     yield (
         "too old",
         (f"{outcome.violations:,} groups trained on all the same, {outcome.given_up:,} given up"),
@@ -136,37 +142,53 @@ def _several(
     settings: Sequence[Setting], outcomes: Sequence[Outcome], *, plain: bool
 ) -> Iterator[str]:
     names = _Names(settings)
-    bar_width = WIDTH - names.width - 48
-    over, under = names.titles
-    yield f"{over}{'':{bar_width + 24}}slots trainer  staleness"
-    row = "{} {:>10} {:>8}  {:{}}  {:>5} {:>7} {:>5} {:>4}"
-    yield row.format(under, "tokens/s", "/ first", "", bar_width, "busy", "waits", "mean", "max")
-    first, most = outcomes[0].tokens_per_s, max(o.tokens_per_s for o in outcomes)
+    table = _table(outcomes)
+    width = WIDTH - names.width - 2 - sum(column.width + 1 for column in table)
+    for title, line in zip(names.titles, (0, 1), strict=True):
+        yield _row(title, [column.title[line] for column in table], table, max(0, width) * " ")
+    most = max(o.tokens_per_s for o in outcomes)
     for setting, o in zip(settings, outcomes, strict=True):
-        yield row.format(
-            names.of(setting),
-            f"{o.tokens_per_s:,.0f}",
-            f"{o.tokens_per_s / first:.2f}",
-            bar(o.tokens_per_s / most, bar_width, plain=plain),
-            bar_width,
-            f"{o.utilisation:.0%}",
-            f"{o.trainer_wait:.0%}",
-            _short(o.mean_staleness),
-            o.oldest,
-        )
+        share = bar(o.tokens_per_s / most, max(0, width), plain=plain)
+        yield _row(names.of(setting), [column.text(o) for column in table], table, share)
     yield ""
     yield from _compared_histograms(settings, outcomes, names, plain=plain)
+
+
+class _Column(NamedTuple):
+    title: tuple[str, str]
+    width: int
+    text: Callable[[Outcome], str]
+
+
+def _table(outcomes: Sequence[Outcome]) -> list[_Column]:
+    """The numbers of a line; the bar goes behind the second."""
+    first = outcomes[0].tokens_per_s
+    table = [
+        _Column(("", "tokens/s"), 10, lambda o: f"{o.tokens_per_s:,.0f}"),
+        _Column(("", "/ first"), 7, lambda o: f"{o.tokens_per_s / first:.2f}"),
+        _Column(("slots", "busy"), 5, lambda o: f"{o.utilisation:.0%}"),
+        _Column(("trainer", "waits"), 7, lambda o: f"{o.trainer_wait:.0%}"),
+        _Column(("staleness", "mean"), 9, lambda o: _short(o.mean_staleness)),
+        _Column(("", "max"), 4, lambda o: f"{o.oldest}"),
+        _Column(("groups", "lost"), 6, lambda o: f"{o.given_up:,}"),
+    ]
+    return table if any(o.given_up for o in outcomes) else table[:-1]
+
+
+def _row(name: str, cells: Sequence[str], table: Sequence[_Column], share: str) -> str:
+    padded = [cell.rjust(column.width) for cell, column in zip(cells, table, strict=True)]
+    return " ".join([name, *padded[:2], *([f" {share}"] if share else []), *padded[2:]]).rstrip()
 
 
 class _Names:
     """The left column: one swept field above the other, and a value of each below."""
 
     def __init__(self, settings: Sequence[Setting]) -> None:
+        fields = list(settings[0].values)
+        most = _AXIS if len(fields) > 1 else 2 * _AXIS
         self._widths = [
-            min(_AXIS, max(len(setting.values[name]) for setting in settings))
-            for name in settings[0].values
+            min(most, max(len(setting.values[name]) for setting in settings)) for name in fields
         ]
-        fields = [name[:_AXIS] for name in settings[0].values]
         self.width = max(sum(self._widths) + len(fields) - 1, *map(len, fields), 8)
         self.titles = [title.ljust(self.width) for title in ["", *fields][-2:]]
 

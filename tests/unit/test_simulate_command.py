@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from arealtrio import cli
 from arealtrio.errors import StalenessBudgetExhausted
-from arealtrio.simulate import LogNormalAnswers, Plan, command, simulate
+from arealtrio.simulate import LogNormalAnswers, Plan, command, comparison, simulate
 from arealtrio.simulate.outcome import Outcome
 
 SMALL = (
@@ -42,7 +42,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         asked.append(plan)
         return simulate(tiny)
 
-    monkeypatch.setattr(command, "simulate", run)
+    monkeypatch.setattr(comparison, "simulate", run)
     return asked
 
 
@@ -220,7 +220,7 @@ def test_a_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Outcome:
         raise StalenessBudgetExhausted("two\nlines")
 
-    monkeypatch.setattr(command, "simulate", fail)
+    monkeypatch.setattr(comparison, "simulate", fail)
     result = invoke()
     assert (result.exit_code, result.output) == (1, "Error: two lines\n")
 

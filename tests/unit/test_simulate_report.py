@@ -67,7 +67,7 @@ def test_the_report_of_one_setting() -> None:
         "5,310 tokens/s, 4.41 rollouts/s",
         "62.0 s: 15.5 waiting (25%), 60.0 training, 2.0 for new weights",
         "93% of all slots (4x8@50 91%, 4x24@80 95%)",
-        "1,203 tokens on average",
+        "1,203 tokens on average where trained on, 1,000 as given",
         "3 groups trained on all the same, 1,234 given up",
         "30 steps, 1,860 s",
     ):
@@ -83,27 +83,33 @@ def test_the_histograms_of_one_setting_stand_side_by_side() -> None:
 
 def test_a_comparison_has_a_line_for_each_setting() -> None:
     settings = [
-        setting(outcome(tokens_per_s=1000), max_staleness="0"),
-        setting(outcome(tokens_per_s=2500), max_staleness="inf"),
+        setting(outcome(tokens_per_s=1000, given_up=0), max_staleness="0"),
+        setting(outcome(tokens_per_s=2500, given_up=0), max_staleness="inf"),
         setting(None, max_staleness="7"),  # was not finished
     ]
-    text = list(lines(settings, plain=True))
-    _, head, first, second, empty, _, third, fourth = text
-    assert head.split() == [
-        "max_staleness",
-        "tokens/s",
-        "/",
-        "first",
-        "busy",
-        "waits",
-        "mean",
-        "max",
+    text = [line.split() for line in lines(settings, plain=True)]
+    assert text == [
+        ["slots", "trainer", "staleness"],
+        ["max_staleness", "tokens/s", "/", "first", "busy", "waits", "mean", "max"],
+        ["0", "1,000", "1.00", 7 * "#", "93%", "25%", "0.8", "2"],
+        ["inf", "2,500", "2.50", 17 * "#", "93%", "25%", "0.8", "2"],
+        [],
+        ["tokens", "by", "staleness,", "from", "0", "at", "the", "left", "to", "2"],
+        ["0", "381"],
+        ["inf", "381"],
     ]
-    assert first.split() == ["0", "1,000", "1.00", 8 * "#", "93%", "25%", "0.8", "2"]
-    assert second.split()[:3] == ["inf", "2,500", "2.50"]
-    assert first.count("#") * 2.5 == pytest.approx(second.count("#"), abs=2)
-    assert empty == ""
-    assert (third.split(), fourth.split()) == (["0", "381"], ["inf", "381"])
+
+
+def test_a_comparison_says_what_was_given_up_where_anything_was() -> None:
+    settings = [
+        setting(outcome(given_up=count), max_staleness="1", straggler_policy=policy)
+        for policy, count in (("wait", 0), ("drop", 1234))
+    ]
+    over, under, first, second, *_ = (line.split() for line in lines(settings, plain=True))
+    assert (over[0], under[0]) == ("max_staleness", "straggler_policy")
+    assert (over[-1], under[-1]) == ("groups", "lost")
+    assert (first[:2], first[-1]) == (["1", "wait"], "0")
+    assert (second[:2], second[-1]) == (["1", "drop"], "1,234")
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -125,7 +131,7 @@ def test_no_line_is_wider_than_a_terminal(values: list[dict[str, str]], plain: b
         utilisation_by_kind={f"100000x1000@{speed}": 1.0 for speed in range(9)},
         token_staleness=dict.fromkeys(range(2345), 10**9),
         head_staleness=dict.fromkeys(range(2345), 10**9),
-        given_up=10**9,
+        given_up=99_999,
     )
     text = list(lines([setting(wild, **v) for v in values], plain=plain))
     assert text
