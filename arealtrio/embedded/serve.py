@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import trio
 from starlette.applications import Starlette
 
+from .areal_app import areal_app
 from .connections import GRACE_S, Connections
 from .engine import Engine
 from .faults import Faults
@@ -100,7 +101,7 @@ async def _serve(
         faults=engine.faults,
         announced=engine.announced,
     )
-    app = _APPS[settings.dialect](engine, settings)
+    app = (areal_app if settings.areal else _APPS[settings.dialect])(engine, settings)
     try:
         with listener:
             async with trio.open_nursery() as nursery:

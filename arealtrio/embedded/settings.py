@@ -55,6 +55,8 @@ class ServerSettings:
         health_time_s: SGLang only: how often a health check looks whether its probe came back. A
             real one takes 1 s, so that a healthy answer takes a second, and one asked while
             generation is paused is a 503 after 20. 0 answers at once, paused or not.
+        areal: vLLM only: have AReaL's own routes for pausing and for weights, as a vLLM that AReaL
+            started, and none of vLLM's for development; ``backend="vllm_areal"`` speaks to it.
         tell_experts: Tell which experts tokens went through, as ``--enable-return-routed-experts``
             does; the experts are made up.
         fragile: SGLang only: die where a real one dies, of a token id outside the vocabulary, of
@@ -77,6 +79,7 @@ class ServerSettings:
     dialect: DialectName = "vllm"
     incremental_streaming_output: bool = False
     health_time_s: float = 0.0
+    areal: bool = False
     tell_experts: bool = False
     fragile: bool = False
 
@@ -92,9 +95,10 @@ class ServerSettings:
             object.__setattr__(self, name, value)
         for name in ("host", "served_model_name"):
             text(name, getattr(self, name))
-        for name in ("incremental_streaming_output", "tell_experts", "fragile"):
+        for name in ("incremental_streaming_output", "areal", "tell_experts", "fragile"):
             flag(name, getattr(self, name))
         one_of("dialect", self.dialect, get_args(DialectName))
+        self._check(not self.areal or self.dialect == "vllm", "areal is of vLLM alone")
         modes = LOGPROBS_MODES[self.dialect]
         if self.logprobs_mode is not None:
             one_of(f"logprobs_mode of {self.dialect}", self.logprobs_mode, modes)

@@ -46,7 +46,11 @@ def vllm_app(engine: Engine, settings: ServerSettings) -> Starlette:
         engine: Generates.
         settings: Names and limits to report.
     """
-    face = _Face(engine, settings)
+    return app_of(VllmFace(engine, settings))
+
+
+def app_of(face: VllmFace) -> Starlette:
+    """Return the application of a face, which says what its routes are."""
     return Starlette(
         routes=[*face.routes(), Route("/openapi.json", face.openapi, methods=["GET"])],
         exception_handlers={
@@ -57,7 +61,7 @@ def vllm_app(engine: Engine, settings: ServerSettings) -> Starlette:
     )
 
 
-class _Face:
+class VllmFace:
     """The endpoints, over one engine."""
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
