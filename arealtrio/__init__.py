@@ -59,10 +59,11 @@ from .types import (
     Segment,
     Trajectory,
 )
-from .weights import TensorSpec, WeightsGroup, WeightUpdate, WeightUpdateResult
+from .weights import AdapterSpec, TensorSpec, WeightsGroup, WeightUpdate, WeightUpdateResult
 from .workflow import MultiTurnWorkflow, RLVRWorkflow, RolloutWorkflow, SingleTurnWorkflow
 
 __all__ = [
+    "AdapterSpec",
     "AdmissionStatus",
     "ArealTrioError",
     "AsyncRewardWrapper",

@@ -20,7 +20,7 @@ class Adapter:
 
     Args:
         name: Without the version.
-        path: Its directory, as the servers see it.
+        path: Its directory, as the servers see it; empty of one that the trainer sent.
         version: The weight version that it makes.
     """
 

@@ -160,6 +160,11 @@ def _has_its_base(pool: ServerPool, server: Server) -> bool:
 
 async def _load_adapters(pool: ServerPool, server: Server) -> None:
     for adapter in pool.adapters.current:
+        if not adapter.path:
+            raise RolloutError(
+                f"the adapter {adapter.served_name} was sent by the trainer, which alone can do "
+                "that again; it returns with the next update"
+            )
         request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
         await pool.control(server, request, pool.config.update_timeout_s)
 

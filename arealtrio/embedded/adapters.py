@@ -38,6 +38,10 @@ class Adapters:
             raise FileNotFoundError(f"No adapter found for {path}")
         self._paths[name] = path
 
+    def receive(self, name: str) -> None:
+        """Take an adapter that came over a network."""
+        self._paths[name] = ""
+
     def unload(self, name: str) -> None:
         """Forget an adapter; KeyError if it is not there."""
         del self._paths[name]

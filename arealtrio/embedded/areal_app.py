@@ -24,7 +24,8 @@ from .tensors import Tensor, tensors
 from .vllm_app import VllmFace, app_of
 
 PUBLIC = ("/health", "/metrics", "/version", "/v1/models", "/v1/completions",
-          "/v1/chat/completions")  # fmt: skip
+          "/v1/chat/completions", "/v1/load_lora_adapter",
+          "/v1/unload_lora_adapter")  # fmt: skip
 T = TypeVar("T")
 
 
@@ -46,6 +47,13 @@ class _Meta(msgspec.Struct):
     dtypes: list[str]
     shapes: list[list[int]]
     group_name: str
+    lora_name: str = ""
+    lora_int_id: int = 0
+    lora_target_modules: list[str] = []
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_bias: str = ""
+    base_model_name: str = ""
 
 
 def areal_app(engine: Engine, settings: ServerSettings) -> Starlette:
@@ -71,6 +79,8 @@ class ArealFace(VllmFace):
             "/areal_init_weights_update_group": self.init_group,
             "/areal_set_update_weight_meta": self.set_meta,
             "/areal_update_weights_xccl": self.receive,
+            "/areal_set_update_weight_meta_lora": self.set_meta,
+            "/areal_update_weights_lora_xccl": self.receive_adapter,
         }
         return [*public, *(Route(path, call, methods=["POST"]) for path, call in own.items())]
 
@@ -120,6 +130,19 @@ class ArealFace(VllmFace):
             return _said("nothing was announced", success=False)
         self._engine.announced += expected
         return _said("Weights updated")
+
+    async def receive_adapter(self, request: Request) -> Response:
+        """Take the announced tensors as those of an adapter, which both requests describe."""
+        try:
+            meta = await _read(request, _Meta)
+        except ValueError as exc:
+            return _said(str(exc), success=False)
+        if not (meta.lora_name and meta.lora_int_id and meta.lora_rank):
+            return _said("an adapter needs a name, a number and a rank", success=False)
+        answer = await self.receive(request)
+        if answer.status_code == 200:
+            self._engine.adapters.receive(meta.lora_name)
+        return answer
 
 
 async def _read(request: Request, kind: type[T]) -> T:

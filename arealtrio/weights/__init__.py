@@ -4,12 +4,13 @@
 ``adapters`` are the parts of it that are of one kind only.
 """
 
-from ..wire.weights import TensorSpec
+from ..wire.weights import AdapterSpec, TensorSpec
 from .distributed import init_weights_group
 from .flow import update_weights
 from .update import Chunk, Send, WeightsGroup, WeightUpdate, WeightUpdateResult
 
 __all__ = [
+    "AdapterSpec",
     "Chunk",
     "Send",
     "TensorSpec",

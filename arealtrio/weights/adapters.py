@@ -9,7 +9,7 @@ import trio
 from ..adapters import Adapter
 from ..errors import RolloutError
 from ..servers import Server, ServerPool
-from .steps import updated
+from .steps import check_base, updated
 from .update import WeightUpdate
 
 
@@ -45,8 +45,7 @@ async def load_adapter_everywhere(
 
 
 async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
-    if server.tainted or server.base_version < pool.base_version:
-        raise RolloutError("its base weights are not current; an adapter alone does not mend that")
+    check_base(pool, server)
     request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
     await pool.control(server, request, pool.config.update_timeout_s)
     await pool.label(server, adapter.version)

@@ -14,11 +14,12 @@ from dataclasses import replace
 
 import trio
 
+from ..adapters import Adapter
 from ..errors import RequestRejected, RolloutError, TransportError, UsageError, WeightUpdateError
 from ..memory import wake
 from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from ..types import HttpRequest
-from .steps import updated
+from .steps import check_base, updated
 from .update import Chunk, WeightsGroup, WeightUpdate
 
 TAKES_PART = (*IN_SERVICE, ServerState.STALE)
@@ -147,13 +148,18 @@ def check_members(pool: ServerPool, update: WeightUpdate) -> None:
 
     Raises:
         WeightUpdateError: If a member of its group is not there any more.
-        UsageError: If ``send`` is not an async function.
+        UsageError: If ``send`` is not an async function, or servers of this dialect receive no
+            adapters and it is of one.
     """
     if update.kind != "distributed":
         return
     assert update.group is not None
     assert update.send is not None
     check_async(update.send, "send")
+    if update.adapter is not None and not pool.dialect.receives_adapters:
+        raise UsageError(
+            f"{pool.dialect.name} takes adapters from disk alone; use WeightUpdate.lora"
+        )
     there = {s.address for s in pool.servers if s.state in TAKES_PART}
     if missing := [address for address in update.group.members if address not in there]:
         raise WeightUpdateError(
@@ -294,10 +300,16 @@ class _Reception:
             self._fail_the_rest("the trainer did not send within update_timeout_s")
 
     async def _receive_chunk(self, chunk: Chunk, last: bool) -> None:
+        adapter = self._update.adapter
+        if adapter is not None:
+            served = Adapter(adapter.name, "", self._update.version).served_name
+            adapter = replace(adapter, name=served)
+
         async def receive(server: Server) -> None:
             assert self._update.group is not None
             server.told = self._update.version
-            for request in self._pool.dialect.receive(chunk, self._update.group.name, last=last):
+            group = self._update.group.name
+            for request in self._pool.dialect.receive(chunk, group, last=last, adapter=adapter):
                 await self._control(server, request)
 
         await self._each(receive)
@@ -305,6 +317,8 @@ class _Reception:
     async def _end(self, server: Server) -> None:
         if server.address in self._failed:
             return
+        if self._update.adapter is not None:
+            check_base(self._pool, server)
         for request in self._pool.dialect.end_update(self._update.version):
             await self._control(server, request)
         server.labelled = self._pool.dialect.has_labels

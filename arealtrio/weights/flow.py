@@ -87,9 +87,9 @@ def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult)
             f"{pool.version}. Mend the servers and update again",
             dict(result.failed),
         )
-    if update.kind == "lora":
+    if not update.has_base:
         pool.adapters.switch(update.name, update.path, update.version)
-    pool.advance(update.version, _recipe(pool, update), has_base=update.kind != "lora")
+    pool.advance(update.version, _recipe(pool, update), has_base=update.has_base)
 
 
 def _take_out_outdated(pool: ServerPool) -> None:
@@ -102,7 +102,7 @@ def _take_out_outdated(pool: ServerPool) -> None:
 
 def _recipe(pool: ServerPool, update: WeightUpdate) -> Sequence[HttpRequest] | None:
     """What a server that comes later has to be sent; None where only the trainer can do it."""
-    if update.kind == "lora":
+    if not update.has_base:
         return pool.recipe  # of the base model, which stays
     if update.kind != "disk":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import RolloutError
 from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from .update import WeightUpdate
 
@@ -22,10 +23,20 @@ def lacks_weights(pool: ServerPool, server: Server) -> str:
     return ""
 
 
+def check_base(pool: ServerPool, server: Server) -> None:
+    """Refuse a server for an adapter that has not the base weights it is for.
+
+    Raises:
+        RolloutError: It has others, or nobody knows which.
+    """
+    if server.tainted or server.base_version < pool.base_version:
+        raise RolloutError("its base weights are not current; an adapter alone does not mend that")
+
+
 def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     """Note that a server has the weights: one that was out of service for them is back."""
     server.version = update.version
-    if update.kind != "lora":
+    if update.has_base:
         server.base_version = update.version
     server.frozen = server.tainted = False
     if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later

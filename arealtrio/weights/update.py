@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 from ..checks import flag, integer, items, one_of, shown, text
 from ..errors import UsageError
 from ..types import INT32_MAX, PauseMode
-from ..wire.weights import GroupPlace, TensorSpec, dtype_name
+from ..wire.weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
 KINDS: Final = ("disk", "distributed", "lora", "label")
 PAUSE_MODES: Final = ("keep", "abort", "wait", "retract", "in_place")  # each dialect knows some
@@ -127,6 +127,7 @@ class WeightUpdate:
         group: For ``distributed``: who receives.
         chunks: For ``distributed``: what is sent, in the order it is sent.
         send: For ``distributed``: sends a chunk.
+        adapter: For ``distributed``: the tensors are of this adapter, and not of the base model.
 
     Raises:
         UsageError: A value is of another type or out of its range.
@@ -141,6 +142,7 @@ class WeightUpdate:
     group: WeightsGroup | None = None
     chunks: tuple[Chunk, ...] = ()
     send: Send | None = None
+    adapter: AdapterSpec | None = None
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS, error=UsageError)
@@ -198,6 +200,7 @@ class WeightUpdate:
         send: Callable[[Chunk], object],
         chunk_size_bytes: int = CHUNK_SIZE_BYTES,
         pause: PauseMode = "keep",
+        adapter: AdapterSpec | None = None,
     ) -> Self:
         """Weights that the trainer broadcasts over a network of its own (NCCL).
 
@@ -222,10 +225,12 @@ class WeightUpdate:
             chunk_size_bytes: Tensors sent together, at most; a larger tensor goes alone. It is
                 memory that every server needs besides its weights.
             pause: How requests in flight are held; see the class.
+            adapter: The tensors are those of this adapter; requests name it from then on, as after
+                ``lora``. Only vLLM that AReaL started (``backend="vllm_areal"``) receives one.
 
         Raises:
             UsageError: For a negative version, no tensors, a type of unknown size, a ``send`` that
-                can not be called, or a group that nobody joined.
+                can not be called, a group that nobody joined, or an adapter in several chunks.
         """
         if not isinstance(group, WeightsGroup) or not group.members:
             raise UsageError("nobody is in that group; use what init_weights_group returns")
@@ -236,6 +241,8 @@ class WeightUpdate:
         chunks = tuple(_chunked(specs, size))
         if not chunks:
             raise UsageError("a distributed weight update needs tensors")
+        if adapter is not None and len(chunks) > 1:
+            raise UsageError("an adapter is sent whole; raise chunk_size_bytes above its size")
         return cls(
             kind="distributed",
             version=version,
@@ -243,7 +250,14 @@ class WeightUpdate:
             chunks=chunks,
             send=send,  # type: ignore[arg-type]  # the controller makes an ordinary one async
             pause=pause,
+            name=adapter.name if adapter else "",
+            adapter=adapter,
         )
+
+    @property
+    def has_base(self) -> bool:
+        """Whether it changes the base weights, and not an adapter alone."""
+        return self.kind != "lora" and self.adapter is None
 
     @classmethod
     def lora(cls, name: str, path: str | os.PathLike[str], version: int) -> Self:

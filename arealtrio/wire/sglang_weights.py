@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from ..types import HttpRequest
 from . import body
-from .weights import GroupPlace, TensorSpec, dtype_name
+from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
 
 class SglangWeights:
     """The weight routes of SGLang's native server."""
 
+    receives_adapters = False
     has_labels = True
     # Newer servers take tensors between these two alone; older ones do not have them.
     optional_routes = frozenset({"/begin_weight_update", "/end_weight_update"})
@@ -43,7 +44,12 @@ class SglangWeights:
         return body.post("/begin_weight_update", {})
 
     def receive(
-        self, tensors: Sequence[TensorSpec], group_name: str, *, last: bool
+        self,
+        tensors: Sequence[TensorSpec],
+        group_name: str,
+        *,
+        last: bool,
+        adapter: AdapterSpec | None = None,  # noqa: ARG002  it comes from disk
     ) -> Sequence[HttpRequest]:
         """Receive tensors; with the last of them the cache that the old weights made is dropped."""
         question = {

@@ -17,13 +17,14 @@ from ..errors import ConfigError
 from ..types import HttpRequest, PauseMode
 from . import body
 from .vllm import VllmDialect
-from .weights import GroupPlace, TensorSpec, dtype_name
+from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
 
 class ArealVllmDialect(VllmDialect):
     """Requests and answers of a vLLM that AReaL started. Immutable, like its base."""
 
     name = "vllm_areal"
+    receives_adapters = True
     has_labels = False
     __slots__ = ()
 
@@ -68,14 +69,21 @@ class ArealVllmDialect(VllmDialect):
         group_name: str,
         *,
         last: bool,  # noqa: ARG002  nothing follows
+        adapter: AdapterSpec | None = None,
     ) -> Sequence[HttpRequest]:
-        """Say what comes, then receive it."""
-        meta = {
+        """Say what comes, then receive it; of an adapter both requests say it."""
+        meta: dict[str, Any] = {
             "names": [tensor.name for tensor in tensors],
             "dtypes": [dtype_name(tensor.dtype) for tensor in tensors],
             "shapes": [list(tensor.shape) for tensor in tensors],
             "group_name": group_name,
         }
+        if adapter is not None:
+            meta |= _of_adapter(adapter)
+            return (
+                body.post("/areal_set_update_weight_meta_lora", meta),
+                body.post("/areal_update_weights_lora_xccl", meta),
+            )
         return (
             body.post("/areal_set_update_weight_meta", meta),
             body.post("/areal_update_weights_xccl", {}),
@@ -84,3 +92,15 @@ class ArealVllmDialect(VllmDialect):
     def end_update(self, version: int) -> Sequence[HttpRequest]:  # noqa: ARG002  no label
         """Nothing."""
         return ()
+
+
+def _of_adapter(adapter: AdapterSpec) -> dict[str, Any]:
+    return {
+        "lora_name": adapter.name,
+        "lora_int_id": adapter.number,
+        "lora_target_modules": list(adapter.target_modules),
+        "lora_rank": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_bias": adapter.bias,
+        "base_model_name": adapter.base_model,
+    }

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from ..types import HttpRequest
 from . import body
-from .weights import GroupPlace, TensorSpec, dtype_name
+from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
 RESET_CACHE: Final = "/reset_prefix_cache?reset_running_requests=true"
 
@@ -22,6 +22,7 @@ RESET_CACHE: Final = "/reset_prefix_cache?reset_running_requests=true"
 class VllmWeights:
     """The weight transfer of vLLM itself, for servers with ``--weight-transfer-config`` nccl."""
 
+    receives_adapters = False
     has_labels = True
     optional_routes: frozenset[str] = frozenset()
     memory_tags: tuple[str, ...] = ("weights", "kv_cache")
@@ -49,6 +50,7 @@ class VllmWeights:
         group_name: str,  # noqa: ARG002  there is one group
         *,
         last: bool,  # noqa: ARG002  the end is told by a request of its own
+        adapter: AdapterSpec | None = None,  # noqa: ARG002  it comes from disk
     ) -> Sequence[HttpRequest]:
         """Receive tensors."""
         info: dict[str, Any] = {

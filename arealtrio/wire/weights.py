@@ -30,6 +30,29 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """What a server has to know of a LoRA adapter that is sent to it.
+
+    Args:
+        name: Without a version; a server is told ``<name>-v<version>``.
+        rank: Of its matrices.
+        alpha: Its scale, times ``rank``.
+        target_modules: The modules it is of.
+        bias: peft's: ``none``, ``all`` or ``lora_only``.
+        number: The server's own number for it, at least 1.
+        base_model: The base model's name.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    bias: str = "none"
+    number: int = 1
+    base_model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlace:
     """Where one server stands in the trainer's process group.
 
@@ -57,6 +80,8 @@ class GroupPlace:
 class WeightRequests(Protocol):
     """The operations of one kind of server. A request is answered as ``parse_control`` reads."""
 
+    receives_adapters: bool
+    """Whether an adapter can be sent to a server, and not only loaded from its disk."""
     has_labels: bool
     """Whether a server carries a label of its weights."""
     optional_routes: frozenset[str]
@@ -73,9 +98,18 @@ class WeightRequests(Protocol):
         """Make ready for tensors; None where that is not asked for."""
 
     def receive(
-        self, tensors: Sequence[TensorSpec], group_name: str, *, last: bool
+        self,
+        tensors: Sequence[TensorSpec],
+        group_name: str,
+        *,
+        last: bool,
+        adapter: AdapterSpec | None = None,
     ) -> Sequence[HttpRequest]:
-        """Receive tensors from the group, in this order. Answered when they are in their place."""
+        """Receive tensors from the group, in this order. Answered when they are in their place.
+
+        Those of an adapter are sent at once, under a name that is versioned already, and only to
+        servers of a dialect that ``receives_adapters``.
+        """
 
     def end_update(self, version: int) -> Sequence[HttpRequest]:
         """The requests after the last tensor: drop the prefix cache, set the label, go on.

@@ -173,8 +173,7 @@ async def test_a_server_killed_in_mid_stream_costs_no_token_that_came(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answers.collect, engine, 2 * CAP)
             await transport.until(lambda: begun(transport.of(victim.url)) == CAP)
-            assert not answers
-            victim.kill()
+            victim.kill()  # in the turn in which the last of its streams has begun
         check_whole(answers, transport, 2 * CAP)
         hit = [answer for answer in answers.values() if len(answer.segments) > 1]
         assert 1 <= len(hit) <= CAP  # who had not heard the last word by then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import trio
 from arealtrio.embedded.model import TinyModel
 from arealtrio.embedded.settings import ServerSettings
 from arealtrio.engine import RemoteEngine
-from arealtrio.errors import ConfigError, WeightUpdateError
+from arealtrio.errors import ConfigError, UsageError, WeightUpdateError
+from arealtrio.servers import ServerState
+from arealtrio.supervision import _try_to_bring_back
 from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
 from arealtrio.weights import (
+    AdapterSpec,
     Chunk,
     TensorSpec,
     WeightsGroup,
@@ -22,6 +26,7 @@ from arealtrio.weights import (
     init_weights_group,
     update_weights,
 )
+from arealtrio.wire.vllm_areal import ArealVllmDialect
 
 from .embedded_server import PROMPT
 from .fleet import connected_engine
@@ -140,3 +145,92 @@ async def test_nonsense_is_refused_in_areals_words(
 def test_only_vllm_has_areals_routes() -> None:
     with pytest.raises(ConfigError, match="areal is of vLLM"):
         ServerSettings(weights=Path("w"), dialect="sglang", areal=True)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+ADAPTER = AdapterSpec(name="math", rank=8, alpha=16, target_modules=("q_proj",), base_model="m")
+LORA = [
+    TensorSpec("layer.0.lora_A", "bfloat16", (8, 2)),
+    TensorSpec("layer.0.lora_B", "bfloat16", (2, 8)),
+]
+
+
+async def nothing(_: Chunk) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+def adapter_update(group: WeightsGroup, version: int, **more: Any) -> WeightUpdate:
+    return WeightUpdate.distributed(
+        version, group=group, tensors=LORA, send=nothing, pause="abort", adapter=ADAPTER, **more
+    )
+
+
+def test_the_requests_of_an_adapter_are_areals() -> None:
+    first, second = ArealVllmDialect().receive(LORA, "g", last=True, adapter=ADAPTER)
+    assert first.path == "/areal_set_update_weight_meta_lora"
+    assert second.path == "/areal_update_weights_lora_xccl"
+    assert first.body == second.body
+    assert json.loads(first.body) == {
+        "names": ["layer.0.lora_A", "layer.0.lora_B"],
+        "dtypes": ["bfloat16", "bfloat16"],
+        "shapes": [[8, 2], [2, 8]],
+        "group_name": "g",
+        "lora_name": "math",
+        "lora_int_id": 1,
+        "lora_target_modules": ["q_proj"],
+        "lora_rank": 8,
+        "lora_alpha": 16,
+        "lora_bias": "none",
+        "base_model_name": "m",
+    }
+
+
+async def test_an_adapter_that_the_trainer_sends_is_named_by_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected_engine(tmp_path, monkeypatch, 2, CONFIG, areal=True) as (engine, fleet):
+        group = await init_weights_group(engine.pool, GROUP)
+        with_it = SHORT.new(lora_name="math")
+        for version in (1, 2):
+            result = await update_weights(engine.pool, adapter_update(group, version))
+            assert set(result.updated) == set(fleet.urls)
+            assert (engine.get_version(), engine.pool.base_version) == (version, 0)
+            answer = await engine.agenerate(ModelRequest(PROMPT, with_it))
+            assert set(answer.output_versions.tolist()) == {version}
+        for server in fleet.servers.values():
+            assert [tensor.name for tensor in server.announced[:2]] == [t.name for t in LORA]
+
+
+async def test_a_server_that_missed_a_sent_adapter_returns_with_the_next_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**CONFIG, "probe_interval_s": 60.0, "probe_interval_max_s": 60.0}
+    async with connected_engine(tmp_path, monkeypatch, 2, config, areal=True) as (engine, _):
+        group = await init_weights_group(engine.pool, GROUP)
+        away = engine.pool.servers[0]
+        await update_weights(engine.pool, adapter_update(group, 1))
+        engine.pool.mark_stale(away, "the test says so")
+        away.version = 0
+        await _try_to_bring_back(engine.pool, away)
+        assert away.state is ServerState.STALE
+        assert "alone can do that again" in away.reason
+        result = await update_weights(engine.pool, adapter_update(group, 2))
+        assert away.address in result.updated
+        assert engine.statistics()[0].state == "ready"
+
+
+async def test_adapters_are_not_sent_to_servers_that_take_them_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected_engine(tmp_path, monkeypatch, 1) as (engine, _):
+        group = await init_weights_group(engine.pool, GROUP)
+        with pytest.raises(UsageError, match=r"vllm takes adapters from disk.*WeightUpdate\.lora"):
+            await update_weights(engine.pool, adapter_update(group, 1))
+        assert engine.statistics()[0].state == "ready"
+
+
+def test_an_adapter_is_sent_whole() -> None:
+    group = WeightsGroup(master_address="h", master_port=1, members=("http://a:1",))
+    with pytest.raises(UsageError, match="sent whole"):
+        adapter_update(group, 1, chunk_size_bytes=32)
