@@ -17,7 +17,7 @@ def bar(share: float, width: int, *, plain: bool = False) -> str:
         plain: Use ASCII alone.
     """
     if plain:
-        return ("#" * (round(share * width) or (share > 0))).ljust(width)
+        return ("#" * min(width, round(share * width) or (share > 0))).ljust(width)
     eighths = min(8 * width, round(8 * share * width) or (share > 0))
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_ACROSS[rest - 1] if rest else "")).ljust(width)

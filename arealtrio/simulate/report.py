@@ -13,8 +13,8 @@ from .plan import Plan
 
 WIDTH = 80
 _BINS = 12
+_BAR = 4  # columns that a bar has at least, or there is none
 _NAME = 16  # columns of the names down the left side
-_AXIS = 12  # columns of a swept value at most, where there are two of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +141,16 @@ def _histograms(outcome: Outcome, *, plain: bool) -> Iterator[str]:
 def _several(
     settings: Sequence[Setting], outcomes: Sequence[Outcome], *, plain: bool
 ) -> Iterator[str]:
-    names = _Names(settings)
     table = _table(outcomes)
-    width = WIDTH - names.width - 2 - sum(column.width + 1 for column in table)
+    room = WIDTH - sum(column.width + 1 for column in table)
+    names = _Names(settings, room)
+    left = room - names.width - 2
+    width = left if left >= _BAR else 0
     for title, line in zip(names.titles, (0, 1), strict=True):
-        yield _row(title, [column.title[line] for column in table], table, max(0, width) * " ")
+        yield _row(title, [column.title[line] for column in table], table, width * " ")
     most = max(o.tokens_per_s for o in outcomes)
     for setting, o in zip(settings, outcomes, strict=True):
-        share = bar(o.tokens_per_s / most, max(0, width), plain=plain)
+        share = bar(o.tokens_per_s / most, width, plain=plain)
         yield _row(names.of(setting), [column.text(o) for column in table], table, share)
     yield ""
     yield from _compared_histograms(settings, outcomes, names, plain=plain)
@@ -181,15 +183,20 @@ def _row(name: str, cells: Sequence[str], table: Sequence[_Column], share: str) 
 
 
 class _Names:
-    """The left column: one swept field above the other, and a value of each below."""
+    """The left column: one swept field above the other, and a value of each below.
 
-    def __init__(self, settings: Sequence[Setting]) -> None:
+    Args:
+        settings: What is to be named.
+        room: Columns there are; values that do not fit are cut.
+    """
+
+    def __init__(self, settings: Sequence[Setting], room: int) -> None:
         fields = list(settings[0].values)
-        most = _AXIS if len(fields) > 1 else 2 * _AXIS
-        self._widths = [
-            min(most, max(len(setting.values[name]) for setting in settings)) for name in fields
-        ]
-        self.width = max(sum(self._widths) + len(fields) - 1, *map(len, fields), 8)
+        gaps = len(fields) - 1
+        self._widths = [max(len(setting.values[name]) for setting in settings) for name in fields]
+        if sum(self._widths) + gaps > room:
+            self._widths = [min(width, (room - gaps) // len(fields)) for width in self._widths]
+        self.width = max(sum(self._widths) + gaps, *map(len, fields), 8)
         self.titles = [title.ljust(self.width) for title in ["", *fields][-2:]]
 
     def of(self, setting: Setting) -> str:
