@@ -20,7 +20,8 @@ class Affinity:
     Attributes:
         hits: Requests that ran at their session's home.
         spills: Requests that found their home in service and full, and ran elsewhere.
-        moves: Sessions that got another home, by a spill or because theirs had left.
+        moves: Sessions that got another home: by a spill, because theirs had left, or because a
+            request of theirs went on elsewhere.
     """
 
     def __init__(self, size: int, serves: Callable[[str], bool]) -> None:
@@ -39,6 +40,12 @@ class Affinity:
         """The server to prefer for a session; None where there is none in service."""
         address = None if session is None else self._homes.get(session)
         return address if address is not None and self._serves(address) else None
+
+    def follow(self, session: str | None, address: str) -> None:
+        """Note that a session's request ended elsewhere than it began: its prefix is there now."""
+        if session is not None and self._homes.get(session, address) != address:
+            self.moves += 1
+            self._homes[session] = address
 
     def settle(self, session: str | None, address: str) -> None:
         """Note where a session's request runs."""

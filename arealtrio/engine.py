@@ -168,6 +168,8 @@ class RemoteEngine:
             raise
         finally:
             progress.ended(generation)
+        if generation.server is not None:
+            self._affinity.follow(generation.session, generation.server)
         self.pool.answered(generation.origin, generation.count)
         return generation.response(latency_s=trio.current_time() - started)
 

@@ -178,3 +178,29 @@ async def test_a_generation_that_is_cancelled_at_a_joint_leaves_nothing(
         assert engine.pool.waiting == 0
         await trio.testing.wait_all_tasks_blocked()
         assert [server.generations for server in fleet] == [0]
+
+
+@pytest.mark.parametrize("how", ["moved", "failed over"])
+async def test_a_session_follows_an_answer_that_ended_elsewhere(
+    how: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The next turn finds its prefix where the last one ended."""
+    async with joined([4, 4]) as (engine, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turn, engine, "s")
+            await trio.sleep(5 * TOKEN_TIME_S)
+            (first,) = [s for s in engine.pool.servers if engine.pool.outstanding(s)]
+            if how == "moved":
+                engine.pool.set_cap(first.address, 1)  # it is full now, the other is empty
+            else:
+                engine.pool.cut_off(first)
+        engine.pool.set_cap(first.address, 4)
+        again = await turn(engine, "s")
+        assert homes(again) != [first.address]
+        totals = engine.totals()
+        assert (totals.affinity_moves, totals.affinity_hits) == (1, 1)
+        assert (totals.joints_moved, totals.failovers) == ((1, 0) if how == "moved" else (0, 1))
+
+
+async def turn(engine: RemoteEngine, session: str) -> ModelResponse:
+    return await engine.agenerate(ModelRequest([5, 7], session=session))
