@@ -27,6 +27,7 @@ from . import (
     bench_counters,
     bench_dispatch,
     bench_end_to_end,
+    bench_ledger,
     bench_makespan,
     bench_selection,
     bench_transport,
@@ -176,6 +177,12 @@ def dispatch() -> Iterator[Row]:
     yield Row("memory of a waiting rollout", d.memory(10_000, 1), None, "bytes", 8192)
 
 
+def ledger() -> Iterator[Row]:
+    with_it, without, writes = bench_ledger.ledger_cost(3)
+    name = "ledger, CPU a rollout beyond its bytes"
+    yield Row(name, (with_it - without - writes) * 1e6, None, "µs CPU", 100)
+
+
 def makespan() -> Iterator[Row]:
     m = bench_makespan
     seeds = range(m.TRACES)
@@ -195,7 +202,7 @@ def makespan() -> Iterator[Row]:
             yield Row(words, statistics.median(ratios), 1.0, "makespan", target)
 
 
-QUESTIONS = (selection, counters, transport, wire, end_to_end, batch, dispatch, makespan)
+QUESTIONS = (selection, counters, transport, wire, end_to_end, batch, dispatch, ledger, makespan)
 
 
 def line(row: Row) -> str:

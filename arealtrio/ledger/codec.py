@@ -7,6 +7,7 @@ of a trajectory that something else wrote into would be read back as tokens.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
@@ -19,24 +20,30 @@ from ..errors import UsageError
 from ..trajectory import Group
 from ..types import Trajectory
 
+_IS_LITTLE = sys.byteorder == "little"
 _PREFIX = struct.Struct("<III")  # magic, checksum of all that follows, size of the header
 _PROMPT_MAGIC = 0x31505441  # "ATP1"
 _GROUP_MAGIC = 0x31475441  # "ATG1"
 _ARRAY_CODE = 1  # of MessagePack's extension types: a numpy array
 
 _COLUMNS = ("input_ids", "loss_mask", "logprobs", "versions")
-_NARROWED = frozenset(("loss_mask", "versions"))  # small numbers in 32 bits: a third of all bytes
+_IN_RUNS = frozenset(("loss_mask", "versions"))  # which change a few times in a row, if at all
+_RUNS = "runs"  # in a row's dtypes: the lengths of runs, and their values, both int32
 
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 
 
 class _Row(msgspec.Struct, array_like=True):
-    """One trajectory's header; ``dtypes`` are of its columns, then of its extras."""
+    """One trajectory's header; ``dtypes`` are of its columns, then of its extras.
+
+    Of a column in runs, ``runs`` says how many.
+    """
 
     length: int
     reward: float
     exact: bool
     dtypes: list[str]
+    runs: list[int]
     extras: list[str]
 
 
@@ -65,13 +72,14 @@ def encode_prompt(prompt: Mapping[str, Any]) -> bytes:
     Raises:
         UsageError: If it holds anything else. Names the place and the type, not the value.
     """
-    _check_plain(prompt, "")
     try:
         body = _PROMPT_ENCODER.encode(prompt)
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        _check_plain(prompt, "")
         raise UsageError(
             f"the ledger can not write a prompt: {type(exc).__name__} in its {_guilty(prompt)}"
         ) from exc
+    _check_fields(prompt)
     return _PREFIX.pack(_PROMPT_MAGIC, crc32(body, _size_checksum(0)), 0) + body
 
 
@@ -91,6 +99,26 @@ def mark_of(prompt: Mapping[str, Any], blob: bytes) -> str:
     if "prompt_id" in prompt:
         return str(prompt["prompt_id"])
     return f"#{_PREFIX.unpack_from(blob)[1]:08x}"
+
+
+def _check_fields(prompt: Mapping[str, Any]) -> None:
+    """Refuse what would come back as something else, or not at all."""
+    for name, value in prompt.items():
+        if not (type(name) is str and (type(value) in _SCALARS or _is_token_ids(value))):
+            _check_plain({name: value}, "")
+
+
+def _is_token_ids(value: object) -> bool:
+    """Whether it is a list of integers, by a sum: to ask each for its type takes six times as long.
+
+    Only of integers is the sum one; the rest, and what can not be summed, is looked at closely.
+    """
+    if type(value) is not list or not value or type(value[0]) is not int:
+        return False
+    try:
+        return type(sum(value)) is int
+    except (TypeError, ValueError):
+        return False
 
 
 def _check_plain(value: object, where: str) -> None:
@@ -139,7 +167,7 @@ def _as_extension(value: object) -> object:
         return value.item()
     if isinstance(value, Mapping):
         return dict(value)
-    raise NotImplementedError
+    raise TypeError  # and where it is, encode_prompt finds out
 
 
 def _from_extension(code: int, data: memoryview) -> object:
@@ -158,7 +186,7 @@ _PROMPT_DECODER = msgspec.msgpack.Decoder(ext_hook=_from_extension)
 
 
 def encode_group(group: Group) -> bytes:
-    """Return a group as bytes: 10 a token, where versions are below 128, and some 60 a row.
+    """Return a group as bytes: 8 a token, and some 100 a row.
 
     Args:
         group: Accepted; its arrays are copied.
@@ -199,10 +227,14 @@ def decode_group(blob: bytes) -> Group:
 
 def _row_header(row: Trajectory, arrays: list[Any]) -> _Row:
     """A row's header; its arrays go to the end of ``arrays``."""
-    first = len(arrays)
+    dtypes: list[str] = []
+    runs: list[int] = []
     for name in _COLUMNS:
         array = getattr(row, name)
-        arrays.append(_narrowed(array) if name in _NARROWED else _little(array))
+        in_runs = _in_runs(array) if name in _IN_RUNS else None
+        arrays.append(_little(array) if in_runs is None else in_runs)
+        dtypes.append(arrays[-1].dtype.str if in_runs is None else _RUNS)
+        runs += [] if in_runs is None else [len(in_runs) // 2]
     for name, extra in row.extras.items():
         array = np.ascontiguousarray(extra)
         if array.dtype.hasobject:
@@ -210,20 +242,29 @@ def _row_header(row: Trajectory, arrays: list[Any]) -> _Row:
                 f"the ledger can not write a trajectory: its extra {name!r} holds Python objects"
             )
         arrays.append(_little(array))
-    dtypes = [array.dtype.str for array in arrays[first:]]
-    return _Row(len(row), row.reward, row.versions_exact, dtypes, list(row.extras))
+        dtypes.append(arrays[-1].dtype.str)
+    return _Row(len(row), row.reward, row.versions_exact, dtypes, runs, list(row.extras))
 
 
-def _narrowed(array: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-    """The same integers in as few bytes as hold the largest of them."""
-    low, high = int(array.min()), int(array.max())
-    for dtype, limit in (("<i1", 2**7), ("<i2", 2**15)):
-        if -limit <= low and high < limit:
-            return array.astype(dtype)
-    return _little(array)
+def _in_runs(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
+    """The lengths of its runs of one value, then the values; None where that is no shorter."""
+    (ends,) = (array[1:] != array[:-1]).nonzero()
+    count = len(ends) + 1
+    if 2 * count >= len(array):
+        return None
+    runs = np.empty(2 * count, dtype="<i4")
+    ends += 1
+    runs[: count - 1] = ends
+    runs[count - 1] = len(array)
+    runs[1:count] -= ends
+    runs[count] = array[0]
+    runs[count + 1 :] = array[ends]
+    return runs
 
 
 def _little(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if _IS_LITTLE and array.dtype.isnative:
+        return array
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
@@ -235,26 +276,32 @@ class _ArrayReader:
         self._at = 0
 
     def take(self, dtype: str, length: int) -> npt.NDArray[Any]:
+        """The next array, in memory of its own."""
         kind = np.dtype(dtype)
         end = self._at + kind.itemsize * length
         array = np.frombuffer(self._data[self._at : end], dtype=kind)
         if len(array) != length:
             raise ValueError("a record is too short for its arrays")
         self._at = end
-        return array.astype(kind.newbyteorder("="))  # a copy, which may be written to
+        return array.astype(kind.newbyteorder("="))
+
+    def take_runs(self, count: int) -> npt.NDArray[np.int32]:
+        """The next array, which is in runs."""
+        lengths, values = self.take("<i4", count), self.take("<i4", count)
+        return np.repeat(values, lengths)
 
     def check_end(self) -> None:
+        """Raise unless all was taken."""
         if self._at != len(self._data):
             raise ValueError("a record goes on after its arrays")
 
 
 def _row(header: _Row, reader: _ArrayReader) -> Trajectory:
-    names = (*_COLUMNS, *header.extras)
+    runs = iter(header.runs)
     arrays: dict[str, Any] = {
-        name: reader.take(dtype, header.length)
-        for name, dtype in zip(names, header.dtypes, strict=True)
+        name: reader.take_runs(next(runs)) if dtype == _RUNS else reader.take(dtype, header.length)
+        for name, dtype in zip((*_COLUMNS, *header.extras), header.dtypes, strict=True)
     }
-    # Trajectory widens what was narrowed.
     columns: dict[str, Any] = {name: arrays.pop(name) for name in _COLUMNS}
     return Trajectory(**columns, reward=header.reward, versions_exact=header.exact, extras=arrays)
 

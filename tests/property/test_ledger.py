@@ -76,13 +76,12 @@ INT32 = st.integers(-(2**31), 2**31 - 1)
 
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
-    length = draw(st.integers(1, 6))
+    length = draw(st.integers(1, 12))
 
     def column(elements: st.SearchStrategy[Any], dtype: Any) -> Any:
         return np.array(draw(st.lists(elements, min_size=length, max_size=length)), dtype)
 
-    small = st.sampled_from([st.integers(-1, 1), st.integers(-128, 127), st.integers(-200, 300),
-                             st.integers(-40000, 70000), INT32])  # fmt: skip
+    small = st.sampled_from([st.just(3), st.integers(-1, 0), st.integers(-1, 1), INT32])
     extras = {
         name: column(INT32, np.int32) if draw(st.booleans()) else column(FLOATS, np.float32)
         for name in draw(st.lists(st.text("xy", min_size=1, max_size=2), unique=True, max_size=2))
@@ -136,15 +135,15 @@ def test_no_damaged_byte_passes(group: Group, data: st.DataObject) -> None:
         decode_group(encode_group(group)[:at])
 
 
-def test_an_ordinary_token_takes_ten_bytes() -> None:
+def test_an_ordinary_token_takes_eight_bytes() -> None:
     count = 4096
     ids = np.arange(count, dtype=np.int32)
     row = Trajectory(
         input_ids=ids,
-        loss_mask=np.ones(count, np.int32),
+        loss_mask=(ids > 512).astype(np.int32),
         logprobs=np.zeros(count, np.float32),
-        versions=ids % 120,
+        versions=ids // 1000 - 1,
         reward=1,
     )
     group = Group.of([[row]], number=1, permit_version=0, prompt_id="p", task_id="t")
-    assert len(encode_group(group)) <= 10 * count + 100
+    assert len(encode_group(group)) <= 8 * count + 200

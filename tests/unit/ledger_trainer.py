@@ -1,6 +1,6 @@
 """The demo's trainer as a program that can be killed: it goes on from its own checkpoint.
 
-    python -m tests.unit.ledger_trainer DIRECTORY URL…
+    python -m tests.unit.ledger_trainer DIRECTORY PROMPTS URL…
 
 Servers are somebody else's. It trains one epoch, and leaves ``checkpoint.json``: the prompts that
 the weights in it were trained on, in order, and whether the epoch has ended.
@@ -23,7 +23,6 @@ from arealtrio.embedded.model import TinyModel
 from arealtrio.types import Trajectory
 from arealtrio.workflow import Engine
 
-PROMPTS = 160
 BATCH = 8
 GROUP = 2
 STEPS_PER_CHECKPOINT = 2
@@ -63,12 +62,12 @@ def write(path: Path, state: dict[str, Any]) -> None:
     beside.rename(path)
 
 
-def main(directory: Path, urls: list[str]) -> None:
+def main(directory: Path, count: int, urls: list[str]) -> None:
     """Train what is left of the epoch."""
     path = directory / "checkpoint.json"
     found = json.loads(path.read_text()) if path.exists() else None
     trained: list[str] = found["trained"] if found else []
-    prompts = list(itertools.islice(Prompts(0), PROMPTS))
+    prompts = list(itertools.islice(Prompts(0), count))
     config = RolloutConfig(
         servers=urls,
         consumer_batch_size=BATCH,
@@ -104,4 +103,4 @@ def main(directory: Path, urls: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -24,11 +24,13 @@ import trio
 from arealtrio.demo.task import base_model
 from arealtrio.embedded.serve import ServerSettings, running_server
 
-from .ledger_trainer import FLUSH_S, GROUP, PROMPTS
+from .ledger_trainer import FLUSH_S, GROUP
 
 KILLS = int(os.environ.get("AREALTRIO_KILLS", "4"))
 SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
 SERVERS = 2
+PROMPTS = 80 + 20 * KILLS
+REQUESTS_MAX = 80  # before a kill: of a first window, or of some steps after it
 
 
 class Watched:
@@ -82,7 +84,14 @@ async def live(
     directory: Path, urls: list[str], watched: Watched, kill_after: int | None, rng: random.Random
 ) -> bool:
     """One life of the trainer; say whether it was killed, and not at its end already."""
-    command = [sys.executable, "-m", "tests.unit.ledger_trainer", str(directory), *urls]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.unit.ledger_trainer",
+        str(directory),
+        str(PROMPTS),
+        *urls,
+    ]
     process = await trio.lowlevel.open_process(
         command, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -120,10 +129,9 @@ async def test_a_trainer_killed_at_random_moments_trains_every_prompt_once(
             urls.append(url)
         kills = 0
         kept: set[str] = set()
-        share = GROUP * PROMPTS // (KILLS + 1)
         for _ in range(KILLS):
             before = len(watched.asked)
-            kills += await live(tmp_path, urls, watched, rng.randint(1, share), rng)
+            kills += await live(tmp_path, urls, watched, rng.randint(1, REQUESTS_MAX), rng)
             again = kept & set(watched.asked[before:])
             assert not again, f"generated again though finished: {again} (seed {SEED})"
             kept |= finished(tmp_path)
