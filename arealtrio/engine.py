@@ -186,7 +186,8 @@ class RemoteEngine:
             raise InvalidRequest("the prompt is empty")
         self._check_vocabulary(prompt)
         self._check_logprobs(gconfig)
-        self._check_experts(gconfig)
+        if gconfig.return_routed_experts:
+            self._check_experts()
         budget = self._budget(len(prompt), gconfig)
         return Generation(request, request.rid or uuid.uuid4().hex, budget, origin, session)
 
@@ -218,9 +219,9 @@ class RemoteEngine:
             stacklevel=4,
         )
 
-    def _check_experts(self, gconfig: GenerationHyperparameters) -> None:
+    def _check_experts(self) -> None:
         silent = [s.address for s in self.pool.in_service if s.info.tells_experts is False]
-        if gconfig.return_routed_experts and silent:
+        if silent:
             raise InvalidRequest(
                 f"routed experts are asked for, and {', '.join(silent)} can not tell them; start "
                 "every server with --enable-return-routed-experts"

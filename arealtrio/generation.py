@@ -20,6 +20,7 @@ from .types import (
     Float32Array,
     GenerationHyperparameters,
     Int32Array,
+    IntegerArray,
     ModelRequest,
     ModelResponse,
     Segment,
@@ -83,10 +84,14 @@ class Generation:
     logprobs: list[Float32Array] = field(default_factory=list)
     versions: list[Int32Array] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    experts: RoutedExperts = field(default_factory=RoutedExperts)
+    experts: RoutedExperts | None = None  # if they are asked for
     prompt_ids: Int32Array | None = None  # of a chat, as the server read it
     count: int = 0
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        if self.request.gconfig.return_routed_experts:
+            self.experts = RoutedExperts()
 
     @property
     def finished(self) -> bool:
@@ -126,7 +131,7 @@ class Generation:
             model=adapter or gconfig.lora_name or config.model or lease.server.info.model or "",
             seed=None if gconfig.seed is None else _seed_of_segment(gconfig.seed, number),
             messages=self.request.messages,
-            experts_from=self.experts.count,
+            experts_from=0 if self.experts is None else self.experts.count,
         )
 
     def _segment_limit(self, config: RolloutConfig) -> int:
@@ -159,9 +164,9 @@ class Generation:
         floor = self.lowest_admissible_version
         if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
             raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
-        if count and self.wants_experts:
+        if count and self.experts is not None:
             read = segment.token_ids if answer.prompt_ids is None else answer.prompt_ids
-            self._take_experts(server, answer, len(read) + count)
+            self.experts.take(_told(answer, server), len(read) + count, server)
         self.stop_reason = answer.stop_reason
         self.server = server
         self.failed_on = frozenset()
@@ -179,15 +184,7 @@ class Generation:
     @property
     def wants_experts(self) -> bool:
         """Whether tokens are of no use without the experts they went through."""
-        return self.request.gconfig.return_routed_experts
-
-    def _take_experts(self, server: str, answer: SegmentResponse, tokens: int) -> None:
-        if answer.routed_experts is None:
-            raise ProtocolError(
-                f"{server} did not tell the experts that its tokens went through; start it with "
-                "--enable-return-routed-experts"
-            )
-        self.experts.take(answer.routed_experts, tokens, server)
+        return self.experts is not None
 
     def expect_again(self, count: int) -> None:
         """So many tokens, at most, have to be made again: the next ones are not new."""
@@ -210,7 +207,7 @@ class Generation:
             stop_reason="length" if self.stop_reason == "abort" else self.stop_reason,
             versions_exact=self.exact,
             segments=tuple(self.segments),
-            routed_experts=self.experts.joined() if self.wants_experts and self.count else None,
+            routed_experts=self.experts.joined() if self.experts and self.count else None,
             latency_s=latency_s,
             wait_s=self.wait_s,
         )
@@ -252,6 +249,16 @@ class Progress:
             running.count + (running.arrived.count if running.arrived else 0)
             for running in self._running
         )
+
+
+def _told(answer: SegmentResponse, server: str) -> IntegerArray:
+    """The experts that an answer tells, or ProtocolError."""
+    if answer.routed_experts is None:
+        raise ProtocolError(
+            f"{server} did not tell the experts that its tokens went through; start it with "
+            "--enable-return-routed-experts"
+        )
+    return answer.routed_experts
 
 
 def _joined(parts: Sequence[npt.NDArray[Scalar]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:

@@ -216,6 +216,8 @@ class ModelRequest:
 
 
 def _as_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
+    if messages == ():
+        return ()
     if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
         found = tuple(messages)
         if all(isinstance(message, Mapping) for message in found):

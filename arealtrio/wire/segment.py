@@ -28,7 +28,7 @@ def check_segment(segment: SegmentRequest, info: ServerInfo) -> None:
         raise InvalidRequest(f"max_new_tokens must be at least 1, not {segment.max_new_tokens}")
     if not 0 <= segment.min_new_tokens <= segment.max_new_tokens:
         raise InvalidRequest("min_new_tokens must be between 0 and max_new_tokens")
-    largest = int(segment.token_ids.max(initial=0))
+    largest = -1 if info.vocab_size is None else int(segment.token_ids.max(initial=0))
     if info.vocab_size is not None and largest >= info.vocab_size:
         raise InvalidRequest(
             f"input_ids holds {largest}, which is not below the vocabulary size {info.vocab_size}"
