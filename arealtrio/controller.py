@@ -23,7 +23,7 @@ import trio
 from .arguments import RolloutArguments
 from .batching import BatchStream, DataLoader
 from .config import RolloutConfig
-from .errors import RolloutClosed, RolloutCrashed, UsageError
+from .errors import LedgerError, RolloutClosed, RolloutCrashed, UsageError
 from .executor import WorkflowExecutor, open_executor
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, WorkflowLike
@@ -181,6 +181,8 @@ class RolloutController:
 
     Raises:
         NoServerAvailable: On entering, if a server is not ready within ``setup_timeout_s``.
+        LedgerError: On entering, if the ledger can not be used; on leaving, if the last of it can
+            not be written.
     """
 
     def __init__(self, config: RolloutConfig, *, transport: Transport | None = None) -> None:
@@ -222,6 +224,8 @@ class RolloutController:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        if exc is None and isinstance(self._crash, LedgerError):
+            raise self._crash  # what was not written is lost: that is not to end in silence
 
     def close(self) -> None:
         """End every rollout and the trio thread; waits in other threads raise RolloutClosed.

@@ -11,6 +11,8 @@ from .errors import LedgerError
 from .ledger import encode_prompt, mark_of
 from .loader import LoaderFeed, Prompt
 
+_PLACE = ("epoch", "position", "ahead", "loader", "ended")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoaderPlace:
@@ -33,9 +35,13 @@ class LoaderPlace:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
         """Read it out of a checkpoint."""
-        names = ("epoch", "position", "ahead", "loader", "ended")
-        epoch, position, ahead, loader, ended = (state[name] for name in names)
+        epoch, position, ahead, loader, ended = (state[name] for name in _PLACE)
         return cls(epoch, position, tuple(ahead), loader, ended)
+
+    @staticmethod
+    def is_in(state: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint holds one."""
+        return all(name in state for name in _PLACE)
 
     @classmethod
     def between_epochs(cls, epoch: int, loader: object) -> Self:
@@ -44,13 +50,8 @@ class LoaderPlace:
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "ahead": list(self.ahead),
-            "loader": self.loader,
-            "ended": self.ended,
-        }
+        values = (self.epoch, self.position, list(self.ahead), self.loader, self.ended)
+        return dict(zip(_PLACE, values, strict=True))
 
 
 def state_of(loader: object) -> Any:

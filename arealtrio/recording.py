@@ -58,6 +58,11 @@ class Recording:
             UsageError: If the run has begun, or it is no such state.
             LedgerError: If it is not of this ledger, or too old.
         """
+        if not LoaderPlace.is_in(state):
+            raise UsageError(
+                "load_state_dict was given a ledger's own state, without the data loader's place: "
+                "give it what state_dict of the executor or the controller returned"
+            )
         self.ledger.load_state_dict(state)
         self._loaded = state
 

@@ -26,6 +26,8 @@ FLUSH_OPERATIONS = 4096
 """What is written early: a commit must not grow with what a long ``flush_s`` lets pile up."""
 
 BYTES_PER_TOKEN = 16  # in memory, of a trajectory
+BATCHES_WITHOUT_CHECKPOINT = 256
+"""Delivered since anything was trimmed, at which a warning says what keeps the file growing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,13 @@ class Ledger:
         self._tell(("batch", (number, version)))
         for key in keys:
             self._tell(("deliver", (key, number)))
+        if number - self._trimmed == BATCHES_WITHOUT_CHECKPOINT:
+            logger.warning(
+                "ledger %s: %d batches were delivered and none of them can be forgotten, so the "
+                "file grows: call state_dict, or ack, with each checkpoint",
+                self.path,
+                BATCHES_WITHOUT_CHECKPOINT,
+            )
         return number
 
     def take_back(self, number: int) -> None:
@@ -423,11 +432,24 @@ async def open_ledger(
     try:
         async with background(ledger._run):
             yield ledger
-    except BaseException:
-        try:
-            await ledger.aclose()
-        except LedgerError as exc:  # it must not hide why the block was left
-            logger.error("what was not written when the run ended is lost: %s", exc)  # noqa: TRY400
+    except BaseException as exc:
+        await _close(ledger, quietly=not _is_cancellation(exc))
         raise
-    else:
+    await _close(ledger, quietly=False)
+
+
+async def _close(ledger: Ledger, *, quietly: bool) -> None:
+    """Close it; where that must not hide why the block was left, only log what goes wrong."""
+    try:
         await ledger.aclose()
+    except ArealTrioError as exc:
+        if not quietly:
+            raise
+        logger.error("what was not written when the run ended is lost: %s", exc)  # noqa: TRY400
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    """Whether a block was only told to end."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)

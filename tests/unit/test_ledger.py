@@ -270,6 +270,18 @@ async def test_a_state_is_plain_data(tmp_path: Path) -> None:
             "format": 1, "run": ledger.run, "batch": -1, "serial": 1, "version": 7}  # fmt: skip
 
 
+async def test_a_trainer_that_never_checkpoints_is_told_why_the_file_grows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path / "ledger") as ledger:
+        await ledger.restore(0)
+        for _ in range(300):
+            ledger.deliver([], version=0)
+        (words,) = [r.getMessage() for r in caplog.records]
+        assert "256 batches were delivered" in words
+        assert "call state_dict, or ack" in words
+
+
 # --- how large it is -----------------------------------------------------------------------------
 
 

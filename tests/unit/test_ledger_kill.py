@@ -1,6 +1,6 @@
 """A real trainer, killed by SIGKILL at random moments: what it loses, and what it does twice.
 
-Four times by default. ``AREALTRIO_KILLS=20 pytest tests/unit/test_ledger_kill.py`` is the long one.
+``AREALTRIO_KILLS`` says how often, ``AREALTRIO_KILL_SEED`` when.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from arealtrio.embedded.serve import ServerSettings, running_server
 
 from .ledger_trainer import FLUSH_S, GROUP
 
-KILLS = int(os.environ.get("AREALTRIO_KILLS", "4"))
+KILLS = int(os.environ.get("AREALTRIO_KILLS", "20"))
 SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
 SERVERS = 2
 PROMPTS = 80 + 20 * KILLS

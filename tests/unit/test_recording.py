@@ -609,6 +609,46 @@ async def test_a_full_disk_ends_the_wait_and_delivers_nothing_until_there_is_roo
 # --- the synchronous face ------------------------------------------------------------------------
 
 
+async def test_a_ledgers_own_state_is_not_enough(autojump_clock: Clock, tmp_path: Path) -> None:
+    async with open_run(tmp_path) as run, run.life() as executor:
+        assert executor.ledger is not None
+        await executor.begin()
+        state = await executor.ledger.state_dict(0)
+        with pytest.raises(UsageError, match="without the data loader's place"):
+            executor.load_state_dict(state)
+
+
+def no_room(rollout: RolloutController) -> None:
+    ledger = rollout._live.ledger
+    assert ledger is not None
+    ledger._file._db.execute("PRAGMA max_page_count = 8")
+
+
+def test_a_trainers_thread_is_told_of_a_ledger_that_can_not_be_used(tmp_path: Path) -> None:
+    (tmp_path / "ledger").write_text("notes")
+    weights = save_weights(tmp_path, 1)
+    with two_processes(weights, "--max-num-seqs", "8") as servers:
+        config = RolloutConfig(
+            servers=[servers[0].url], ledger_path=str(tmp_path / "ledger"), ledger_flush_s=60
+        )
+        with pytest.raises(LedgerError, match="no ledger at all"), RolloutController(config):
+            pass
+        (tmp_path / "ledger").unlink()
+        loader = [{"prompt_id": n, "text": "x" * 50_000} for n in range(40)]
+
+        def train(error: Exception | None) -> None:
+            with RolloutController(config) as rollout:
+                rollout.prepare_batch(loader, Instant())
+                no_room(rollout)
+                if error is not None:
+                    raise error
+
+        with pytest.raises(LedgerError, match="no room left"):
+            train(None)
+        with pytest.raises(KeyError, match="mine"):
+            train(KeyError("mine"))
+
+
 def test_the_face_for_a_trainers_thread(tmp_path: Path) -> None:
     with two_processes(save_weights(tmp_path, 1), "--max-num-seqs", "8") as servers:
         config = RolloutConfig(
