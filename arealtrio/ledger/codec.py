@@ -6,6 +6,7 @@ of a trajectory that something else wrote into would be read back as tokens.
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 class _Row(msgspec.Struct, array_like=True):
     """One trajectory's header; ``dtypes`` are of its columns, then of its extras.
 
-    Of a column in runs, ``runs`` says how many.
+    Of a column in runs, ``runs`` says how many. ``shapes`` are of the extras, for each token: none
+    for a number.
     """
 
     length: int
@@ -45,6 +47,7 @@ class _Row(msgspec.Struct, array_like=True):
     dtypes: list[str]
     runs: list[int]
     extras: list[str]
+    shapes: list[tuple[int, ...]]
 
 
 class _Group(msgspec.Struct, array_like=True):
@@ -229,6 +232,7 @@ def _row_header(row: Trajectory, arrays: list[Any]) -> _Row:
     """A row's header; its arrays go to the end of ``arrays``."""
     dtypes: list[str] = []
     runs: list[int] = []
+    shapes: list[tuple[int, ...]] = []
     for name in _COLUMNS:
         array = getattr(row, name)
         in_runs = _in_runs(array) if name in _IN_RUNS else None
@@ -243,7 +247,8 @@ def _row_header(row: Trajectory, arrays: list[Any]) -> _Row:
             )
         arrays.append(_little(array))
         dtypes.append(arrays[-1].dtype.str)
-    return _Row(len(row), row.reward, row.versions_exact, dtypes, runs, list(row.extras))
+        shapes.append(array.shape[1:])
+    return _Row(len(row), row.reward, row.versions_exact, dtypes, runs, list(row.extras), shapes)
 
 
 def _in_runs(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
@@ -297,13 +302,16 @@ class _ArrayReader:
 
 
 def _row(header: _Row, reader: _ArrayReader) -> Trajectory:
-    runs = iter(header.runs)
-    arrays: dict[str, Any] = {
-        name: reader.take_runs(next(runs)) if dtype == _RUNS else reader.take(dtype, header.length)
-        for name, dtype in zip((*_COLUMNS, *header.extras), header.dtypes, strict=True)
+    length, runs, dtypes = header.length, iter(header.runs), iter(header.dtypes)
+    columns: dict[str, Any] = {
+        name: reader.take_runs(next(runs)) if dtype == _RUNS else reader.take(dtype, length)
+        for name, dtype in zip(_COLUMNS, dtypes, strict=False)
     }
-    columns: dict[str, Any] = {name: arrays.pop(name) for name in _COLUMNS}
-    return Trajectory(**columns, reward=header.reward, versions_exact=header.exact, extras=arrays)
+    extras = {
+        name: reader.take(dtype, length * math.prod(shape)).reshape(length, *shape)
+        for name, dtype, shape in zip(header.extras, dtypes, header.shapes, strict=True)
+    }
+    return Trajectory(**columns, reward=header.reward, versions_exact=header.exact, extras=extras)
 
 
 _GROUP_ENCODER = msgspec.msgpack.Encoder()

@@ -82,8 +82,16 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         return np.array(draw(st.lists(elements, min_size=length, max_size=length)), dtype)
 
     small = st.sampled_from([st.just(3), st.integers(-1, 0), st.integers(-1, 1), INT32])
+
+    def matrix(dtype: str) -> Any:
+        return draw(arrays.arrays(dtype, (length, draw(st.integers(0, 3)))))
+
     extras = {
-        name: column(INT32, np.int32) if draw(st.booleans()) else column(FLOATS, np.float32)
+        name: draw(
+            st.sampled_from(
+                [column(INT32, np.int32), column(FLOATS, np.float32), matrix("u1"), matrix("<i2")]
+            )
+        )
         for name in draw(st.lists(st.text("xy", min_size=1, max_size=2), unique=True, max_size=2))
     }
     return Trajectory(
