@@ -117,7 +117,12 @@ class LedgerFile:
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         else:
             self._check_format()
-        self._db.execute("PRAGMA journal_mode = WAL")
+        (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise LedgerError(
+                f"ledger {self.path}: SQLite can keep no log beside it there (journal_mode is "
+                f"{mode}). Choose a ledger_path on a disk of this machine"
+            )
         self._db.execute("PRAGMA synchronous = FULL")
         # Some builds overwrite what is deleted with zeros: a third of the price, for no secret.
         self._db.execute("PRAGMA secure_delete = OFF")

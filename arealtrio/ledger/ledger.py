@@ -291,6 +291,7 @@ class Ledger:
             batch = self._file.acknowledged if self._loaded is None else self._loaded
             if self._loaded is None:
                 self._check_version(version)
+                self._check_state_is_needed(version)
             restored = await self._writer.run(self._file.restore, batch, version)
             self._restored = restored
             self._last_batch = batch
@@ -305,6 +306,16 @@ class Ledger:
                 f"{self._file.acknowledged_version}, is acknowledged, and the weights are of "
                 f"version {version}. Call load_state_dict or recover with your checkpoint first; "
                 "or begin anew with another ledger_path"
+            )
+
+    def _check_state_is_needed(self, version: int) -> None:
+        """Refuse to train once more what a checkpoint that is there was trained on."""
+        if version > 0 and self._checkpoints and self._acknowledged == NO_BATCH:
+            raise LedgerError(
+                f"ledger {self.path}: checkpoints were made of this run, and the weights are of "
+                f"version {version}: call load_state_dict with the state in your checkpoint before "
+                "recover, or what it was trained on would be trained once more. To begin anew, "
+                "choose another ledger_path, or go back to version 0"
             )
 
     # --- writing -----------------------------------------------------------------------------

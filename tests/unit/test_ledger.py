@@ -228,6 +228,20 @@ async def test_without_a_checkpoint_the_acknowledged_must_not_be_from_newer_weig
     assert (await left(path, 5)).entries == ()
 
 
+async def test_a_checkpoint_whose_state_was_forgotten_is_not_trained_on_twice(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "ledger"
+    async with opened(path) as ledger:
+        await ledger.restore(0)
+        keys = await finish(ledger, 2)
+        ledger.deliver(keys[:1], version=0)
+        await ledger.state_dict(1)
+    with pytest.raises(LedgerError, match="call load_state_dict with the state in your checkpoint"):
+        await left(path, 1)
+    assert len((await left(path, 0)).entries) == 2  # the checkpoint was never written
+
+
 async def test_a_batch_that_was_taken_back_is_none(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     async with opened(path) as ledger:
@@ -538,6 +552,11 @@ async def test_another_runs_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"consumer_batch_size=4; this one has 8"):
         async with open_ledger(str(path), other, flush_s=1, inline=True):
             pass
+
+
+async def test_a_place_without_a_log_is_refused() -> None:
+    with pytest.raises(LedgerError, match="journal_mode is memory"):
+        await left(Path(":memory:"))
 
 
 @pytest.mark.parametrize("where", ["nowhere/ledger", "."])
