@@ -30,8 +30,11 @@ from .until import LOOK_EVERY_S
 
 pytestmark = pytest.mark.real_servers
 
-LENGTH = 400
-TOKENS_BEFORE = 20  # that have come of each generation when something happens to it
+# So long that no server is at the end before a client, however busy, has heard of the beginning:
+# four seconds at the best speed that this model has.
+LENGTH = 3000
+STREAMS = 2  # on each server
+TOKENS_BEFORE = 20  # that have come of each when something happens to it
 GREEDY = GenerationHyperparameters(greedy=True, ignore_eos=True, max_new_tokens=LENGTH)
 LOGPROB_TOLERANCE = 1e-4
 
@@ -171,12 +174,12 @@ async def test_a_server_killed_in_mid_stream_costs_no_token_that_came(
     answers = Answers()
     async with overheard(vllm_servers) as (engine, transport):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(answers.collect, engine, 2 * CAP)
-            await transport.until(lambda: begun(transport.of(victim.url)) == CAP)
-            victim.kill()  # in the turn in which the last of its streams has begun
-        check_whole(answers, transport, 2 * CAP)
+            nursery.start_soon(answers.collect, engine, 2 * STREAMS)
+            await transport.until(lambda: begun(transport.of(victim.url)) == STREAMS)
+            victim.kill()
+        check_whole(answers, transport, 2 * STREAMS)
         hit = [answer for answer in answers.values() if len(answer.segments) > 1]
-        assert 1 <= len(hit) <= CAP  # who had not heard the last word by then
+        assert len(hit) == STREAMS
         kept = 0
         for answer in hit:
             first, second = transport.heard[answer.rid]
@@ -189,7 +192,7 @@ async def test_a_server_killed_in_mid_stream_costs_no_token_that_came(
         totals = engine.totals()
         assert (totals.failovers, totals.tokens_kept) == (len(hit), kept)
         assert (totals.tokens_regenerated, totals.tokens_lost, totals.tokens_discarded) == (0, 0, 0)
-        assert totals.tokens_generated == 2 * CAP * LENGTH
+        assert totals.tokens_generated == 2 * STREAMS * LENGTH
     await check_greedy(survivor, answers)
 
 
@@ -205,16 +208,15 @@ async def test_versions_of_a_stream_through_an_update_are_the_servers_own(
     path = vllm_servers[0].models / "tiny-2"
     async with overheard(vllm_servers) as (engine, transport):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(answers.collect, engine, 2 * CAP)
+            nursery.start_soon(answers.collect, engine, 2 * STREAMS)
             urls = [server.url for server in vllm_servers]
-            await transport.until(lambda: all(begun(transport.of(url)) == CAP for url in urls))
+            await transport.until(lambda: all(begun(transport.of(url)) == STREAMS for url in urls))
             await update_weights(engine.pool, WeightUpdate.from_disk(path, 1, pause="keep"))
-        check_whole(answers, transport, 2 * CAP)
+        check_whole(answers, transport, 2 * STREAMS)
         for answer in answers.values():
             (heard,) = transport.heard[answer.rid]  # frozen and gone on with, not sent again
             assert answer.output_versions.tolist() == heard.versions
-        seen = [set(answer.output_versions.tolist()) for answer in answers.values()]
-        assert {0, 1} in seen
+            assert set(heard.versions) == {0, 1}
         assert engine.totals().tokens_regenerated == 0
 
 
