@@ -75,8 +75,10 @@ def _draw_staleness(axes: Axes, outcome: Outcome) -> None:
                  hatch=("", "//")[index], edgecolor="white")  # fmt: skip
         _name_places(axes, list(bins))
     axes.set(xlabel="staleness (weight versions)", ylabel="share", title="Staleness")
+    axes.margins(y=0.4)  # above the bars is the legend's
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _draw_throughput(axes: Axes, setting: Setting, outcome: Outcome) -> None:

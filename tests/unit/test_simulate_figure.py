@@ -118,6 +118,21 @@ def words(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Text, B
     return [(text, text.get_window_extent(renderer).padded(-1)) for text in seen]
 
 
+def test_the_legend_of_the_histograms_lies_over_no_bar() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    module._draw_staleness(axes, outcome(oldest=0))  # one bar of each, as high as can be
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    legend = axes.get_legend()
+    assert legend is not None
+    box = legend.get_window_extent(canvas.get_renderer())  # type: ignore[no-untyped-call]
+    bars = [bar.get_window_extent() for bar in axes.patches]
+    assert len(bars) == 2
+    assert all(Bbox.intersection(box, bar) is None for bar in bars)
+    assert axes.get_yticks().max() == pytest.approx(1)
+
+
 def test_axes_are_named() -> None:
     figure = Figure()
     module._several(figure, [(s, outcome()) for s in CASES["two axes"]])
