@@ -118,7 +118,7 @@ class Recording:
         newest = max(restored.taken, default=0)
         self._epoch = min([newest if self._loaded is None else self._loaded["epoch"],
                            *self._entries])  # fmt: skip
-        self._restored = restored
+        self._restored = replace(restored, entries=())  # each is held until its epoch begins
         return len(finished)
 
     # --- what a stream does ------------------------------------------------------------------

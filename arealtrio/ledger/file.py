@@ -31,7 +31,7 @@ LOCK_WAIT_S = 2.0
 """For another process to let go of the file: one that was just killed may not be gone yet."""
 
 Operation: TypeAlias = tuple[
-    Literal["take", "progress", "settle", "close", "reopen", "deliver", "batch", "return", "trim"],
+    Literal["take", "progress", "settle", "close", "reopen", "deliver", "return", "trim"],
     tuple[Any, ...],
 ]
 """A change: what to do, and the values for it."""
@@ -42,7 +42,6 @@ Checkpoint: TypeAlias = tuple[int, int]
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE epochs (epoch INTEGER PRIMARY KEY, taken INTEGER NOT NULL);
-CREATE TABLE batches (number INTEGER PRIMARY KEY, version INTEGER NOT NULL);
 CREATE TABLE prompts (
     key INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, position INTEGER NOT NULL, mark TEXT NOT NULL,
     batch INTEGER, prompt BLOB NOT NULL);
@@ -52,18 +51,15 @@ CREATE TABLE groups (key INTEGER PRIMARY KEY, tail INTEGER, content BLOB NOT NUL
 
 _STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "take": ("INSERT OR REPLACE INTO prompts (key, epoch, position, mark, prompt) "
-             "VALUES (?1, ?2, ?3, ?4, ?5)",),
-    "progress": ("INSERT OR REPLACE INTO epochs (epoch, taken) VALUES (?1, ?2)",),
-    "settle": ("INSERT OR REPLACE INTO groups (key, tail, content) VALUES (?1, ?2, ?3)",),
-    "close": ("DELETE FROM groups WHERE key = ?1", "DELETE FROM prompts WHERE key = ?1"),
-    "reopen": ("DELETE FROM groups WHERE key = ?1",),
-    "deliver": ("UPDATE prompts SET batch = ?2 WHERE key = ?1",),
-    "batch": ("INSERT OR REPLACE INTO batches (number, version) VALUES (?1, ?2)",),
-    "return": ("UPDATE prompts SET batch = NULL WHERE batch = ?1",
-               "DELETE FROM batches WHERE number = ?1"),
-    "trim": ("DELETE FROM groups WHERE key IN (SELECT key FROM prompts WHERE batch <= ?1)",
-             "DELETE FROM prompts WHERE batch <= ?1",
-             "DELETE FROM batches WHERE number <= ?1"),
+             "VALUES (?, ?, ?, ?, ?)",),
+    "progress": ("INSERT OR REPLACE INTO epochs (epoch, taken) VALUES (?, ?)",),
+    "settle": ("INSERT OR REPLACE INTO groups (key, tail, content) VALUES (?, ?, ?)",),
+    "close": ("DELETE FROM groups WHERE key = ?", "DELETE FROM prompts WHERE key = ?"),
+    "reopen": ("DELETE FROM groups WHERE key = ?",),
+    "deliver": ("UPDATE prompts SET batch = ? WHERE key = ?",),
+    "return": ("UPDATE prompts SET batch = NULL WHERE batch = ?",),
+    "trim": ("DELETE FROM groups WHERE key IN (SELECT key FROM prompts WHERE batch <= ?)",
+             "DELETE FROM prompts WHERE batch <= ?"),
 }  # fmt: skip
 
 
@@ -251,7 +247,6 @@ class LedgerFile:
         self._check_kept(batch)
         with explained(self.path), self._transaction():
             self._db.execute("UPDATE prompts SET batch = NULL WHERE batch > ?", (batch,))
-            self._db.execute("DELETE FROM batches WHERE number > ?", (batch,))
             self.acknowledged = min(self.acknowledged, batch)
             self.checkpoints = tuple(one for one in self.checkpoints if one[0] <= batch)
             self._set_facts(acknowledged=self.acknowledged, checkpoints=self.checkpoints)

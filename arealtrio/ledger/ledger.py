@@ -94,7 +94,8 @@ class Ledger:
         self._serial = file.serial
         self._trimmed = file.trimmed
         self._loaded: int | None = None  # the batch that a state_dict named
-        self._restored: Restored | None = None
+        self._begun = False
+        self._found = {"restored": 0, "requeued": 0, "regenerated": 0}  # by the restart
         self._error: ArealTrioError | None = None
         self._writing = trio.Lock()
         self._waiting = trio.Event()  # something is to be written
@@ -151,9 +152,8 @@ class Ledger:
         self._last_batch += 1
         number = self._last_batch
         self._versions[number] = version
-        self._tell(("batch", (number, version)))
         for key in keys:
-            self._tell(("deliver", (key, number)))
+            self._tell(("deliver", (number, key)))
         if number - self._trimmed == BATCHES_WITHOUT_CHECKPOINT:
             logger.warning(
                 "ledger %s: %d batches were delivered and none of them can be forgotten, so the "
@@ -256,7 +256,7 @@ class Ledger:
             UsageError: If it is no state of ``state_dict``, or the run has begun.
             LedgerError: If it is of another ledger.
         """
-        if self._restored is not None:
+        if self._begun:
             raise UsageError("load_state_dict comes first: this run has begun")
         if state.get("format") != STATE_FORMAT or not isinstance(state.get("batch"), int):
             raise UsageError("load_state_dict was given no state that state_dict of a ledger made")
@@ -278,7 +278,7 @@ class Ledger:
     async def restore(self, version: int) -> Restored:
         """Return what is left to do, by ``load_state_dict`` or else by what was acknowledged.
 
-        The first call decides, before anything is told; later ones return the same.
+        Once, before anything is told.
 
         Args:
             version: Of the weights that the run goes on with.
@@ -287,17 +287,23 @@ class Ledger:
             LedgerError: If the checkpoint is older than what was trimmed; if something is
                 acknowledged and the weights are older; or if the file can not be read.
         """
-        if self._restored is None:
-            batch = self._file.acknowledged if self._loaded is None else self._loaded
-            if self._loaded is None:
-                self._check_version(version)
-                self._check_state_is_needed(version)
-            restored = await self._writer.run(self._file.restore, batch, version)
-            self._restored = restored
-            self._last_batch = batch
-            self._acknowledged = self._file.acknowledged
-            self._checkpoints = self._file.checkpoints
-        return self._restored
+        assert not self._begun
+        batch = self._file.acknowledged if self._loaded is None else self._loaded
+        if self._loaded is None:
+            self._check_version(version)
+            self._check_state_is_needed(version)
+        restored = await self._writer.run(self._file.restore, batch, version)
+        self._begun = True
+        self._last_batch = batch
+        self._acknowledged = self._file.acknowledged
+        self._checkpoints = self._file.checkpoints
+        finished = sum(entry.group is not None for entry in restored.entries)
+        self._found = {
+            "restored": finished,
+            "requeued": len(restored.entries) - finished,
+            "regenerated": restored.regenerated,
+        }
+        return restored
 
     def _check_version(self, version: int) -> None:
         if self._file.acknowledged_version > version:
@@ -402,12 +408,8 @@ class Ledger:
 
     def statistics(self) -> LedgerStatistics:
         """Its numbers at this moment."""
-        found = self._restored or Restored()
-        finished = sum(entry.group is not None for entry in found.entries)
         return LedgerStatistics(
-            restored=finished,
-            requeued=len(found.entries) - finished,
-            regenerated=found.regenerated,
+            **self._found,
             commits=self._commits,
             pending=len(self._pending),
             batch=self._last_batch,
