@@ -348,6 +348,7 @@ class Ledger:
     async def _write(self) -> None:
         operations, facts = self._pending, self._facts
         self._pending, self._facts, self._pending_bytes = [], {}, 0
+        self._waiting.set()  # so that nobody is left waiting for one that is gone
         self._waiting, self._urgent = trio.Event(), trio.Event()
         try:
             if not self._abandoned:
