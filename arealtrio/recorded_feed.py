@@ -39,9 +39,17 @@ class LoaderPlace:
         return cls(epoch, position, tuple(ahead), loader, ended)
 
     @staticmethod
-    def is_in(state: Mapping[str, Any]) -> bool:
+    def is_in(state: object) -> bool:
         """Whether a checkpoint holds one."""
-        return all(name in state for name in _PLACE)
+        if not isinstance(state, Mapping) or not all(name in state for name in _PLACE):
+            return False
+        epoch, position, ahead, _, ended = (state[name] for name in _PLACE)
+        return (
+            all(type(count) is int and count >= 0 for count in (epoch, position))
+            and isinstance(ahead, (list, tuple))
+            and all(isinstance(prompt, Mapping) for prompt in ahead)
+            and isinstance(ended, bool)
+        )
 
     @classmethod
     def between_epochs(cls, epoch: int, loader: object) -> Self:

@@ -60,8 +60,8 @@ class Recording:
         """
         if not LoaderPlace.is_in(state):
             raise UsageError(
-                "load_state_dict was given a ledger's own state, without the data loader's place: "
-                "give it what state_dict of the executor or the controller returned"
+                "load_state_dict was given something without the data loader's place: give it "
+                "what state_dict of the executor or the controller returned"
             )
         self.ledger.load_state_dict(state)
         self._loaded = state

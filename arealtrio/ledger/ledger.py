@@ -258,7 +258,7 @@ class Ledger:
         """
         if self._begun:
             raise UsageError("load_state_dict comes first: this run has begun")
-        if state.get("format") != STATE_FORMAT or not isinstance(state.get("batch"), int):
+        if not _is_state(state):
             raise UsageError("load_state_dict was given no state that state_dict of a ledger made")
         if state.get("run") != self.run:
             raise LedgerError(
@@ -417,6 +417,13 @@ class Ledger:
             acknowledged=self._acknowledged,
             trimmed=self._trimmed,
         )
+
+
+def _is_state(state: object) -> bool:
+    """Whether it is, by its form, what ``state_dict`` returns."""
+    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+        return False
+    return all(type(state.get(name)) is int for name in ("batch", "serial", "version"))
 
 
 @asynccontextmanager

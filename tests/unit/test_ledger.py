@@ -255,14 +255,17 @@ async def test_a_batch_that_was_taken_back_is_none(tmp_path: Path) -> None:
 
 async def test_wrong_calls_change_nothing(tmp_path: Path) -> None:
     async with opened(tmp_path / "ledger") as ledger:
-        for state in ({}, {"format": 2, "batch": 0}, {"format": 1, "batch": "x"}):
+        good = {"format": 1, "run": ledger.run, "batch": 0, "serial": 1, "version": 0}
+        wrong: list[Any] = [{}, None, [], {**good, "format": 2}, {**good, "batch": "x"},
+                            {**good, "version": None}]  # fmt: skip
+        for state in wrong:
             with pytest.raises(UsageError, match="no state"):
                 ledger.load_state_dict(state)
         with pytest.raises(LedgerError, match="belongs to another ledger"):
-            ledger.load_state_dict({"format": 1, "run": "x", "batch": 0, "version": 0})
+            ledger.load_state_dict({**good, "run": "x"})
         await ledger.restore(0)
         with pytest.raises(UsageError, match="comes first"):
-            ledger.load_state_dict({"format": 1, "run": ledger.run, "batch": 0, "version": 0})
+            ledger.load_state_dict(good)
         with pytest.raises(UsageError, match="batch 0 was not delivered"):
             await ledger.ack(0)
         with pytest.raises(UsageError, match="batch 0 was not delivered"):

@@ -614,8 +614,12 @@ async def test_a_ledgers_own_state_is_not_enough(autojump_clock: Clock, tmp_path
         assert executor.ledger is not None
         await executor.begin()
         state = await executor.ledger.state_dict(0)
-        with pytest.raises(UsageError, match="without the data loader's place"):
-            executor.load_state_dict(state)
+        place = {"epoch": 0, "position": 0, "ahead": [], "loader": None, "ended": False}
+        wrong: list[Any] = [state, None, {**state, **place, "epoch": "x"},
+                            {**state, **place, "ahead": [5]}]  # fmt: skip
+        for given in wrong:
+            with pytest.raises(UsageError, match="without the data loader's place"):
+                executor.load_state_dict(given)
 
 
 def no_room(rollout: RolloutController) -> None:
