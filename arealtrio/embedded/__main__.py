@@ -52,6 +52,10 @@ class Seconds(click.FloatRange):
               help="SGLang: events of a stream hold the new tokens alone.")  # fmt: skip
 @click.option("--health-time-s", type=Seconds(0), default=0.0, show_default=True,
               help="SGLang: seconds of a health check; 1 as in a real server.")  # fmt: skip
+@click.option("--areal", is_flag=True,
+              help="vLLM: AReaL's own routes in place of those for development.")  # fmt: skip
+@click.option("--tell-experts", is_flag=True,
+              help="Tell made-up experts, as --enable-return-routed-experts.")  # fmt: skip
 @click.option("--fragile", is_flag=True,
               help="SGLang: die of requests that kill a real server.")  # fmt: skip
 @click.option("--exit-with-parent", is_flag=True,
