@@ -73,6 +73,9 @@ class Ledger:
         writer: Where it is called.
         flush_s: Seconds between two commits, while there is anything to write.
         checkpoints: How many of the newest ``state_dict`` s can be loaded.
+
+    Attributes:
+        on_trouble: Called each time that the file could not be written.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -429,6 +430,64 @@ async def test_wrong_calls_say_what_to_do(autojump_clock: Clock, tmp_path: Path)
                 executor.load_state_dict(state)
             with pytest.raises(UsageError, match="ledger_path"):
                 await executor.ack(batch)
+
+
+# --- cancellation --------------------------------------------------------------------------------
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels a scope just before the n-th step of any task."""
+
+    def __init__(self, step: int) -> None:
+        self.scope = trio.CancelScope()
+        self.left = step
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self.left == 0:
+            self.scope.cancel()
+        self.left -= 1
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_a_trainer_cancelled_at_any_step_loses_nothing(
+    autojump_clock: Clock, tmp_path: Path, crash: bool
+) -> None:
+    """Cancelled in the middle of a batch, a checkpoint or an acknowledgement, it goes on."""
+    loader = prompt_list(16)
+    for step in itertools.count():
+        async with open_run(tmp_path, ledger_flush_s=0.1) as run:
+            run.path = tmp_path / f"ledger-{step}"
+            trained: list[str] = []
+            saved: tuple[Any, list[str]] = (None, [])
+            at = CancelAt(step)
+            async with run.life() as executor:
+                trio.lowlevel.add_instrument(at)
+                with at.scope:
+                    for _ in range(2):
+                        batch = await executor.prepare_batch(loader, Instant())
+                        trained += ids(batch)
+                        await advance(executor)
+                        saved = (await executor.state_dict(), list(trained))
+                        await executor.ack(batch)
+                trio.lowlevel.remove_instrument(at)
+                if not crash:
+                    version = executor.get_version()
+                    if len(trained) // 4 > version:  # cancelled while the weights were brought
+                        await advance(executor)
+                    trained += await train(executor, loader, Instant())
+                    assert executor.ledger is not None
+                    await executor.ledger.flush()
+                    assert executor.ledger.statistics().batch == 3
+            if crash:
+                state, trained = saved
+                async with run.life(state) as executor:
+                    if state is None:
+                        await executor.recover(0, WeightUpdate.from_disk(checkpoint(0), 0))
+                    trained += await train(executor, loader, Instant())
+            assert sorted(map(int, trained)) == list(range(16)), step
+        if at.left >= 0:
+            assert step > 20
+            return
 
 
 # --- the data loader -----------------------------------------------------------------------------
