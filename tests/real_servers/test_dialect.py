@@ -107,6 +107,7 @@ async def test_discover_reads_what_the_server_was_started_with(line: Line) -> No
         token_in_token_out=True,
         streams_news=True,
         logprobs_tempered=False,
+        tells_experts=False,
     )
 
 
@@ -235,7 +236,8 @@ async def test_the_label_is_what_was_set(line: Line) -> None:
 
 
 async def test_a_failed_update_is_an_error_and_a_good_one_heals(line: Line) -> None:
-    bad, *_ = DIALECT.load_weights(str(line.server.models / "no-such-model"), 1)
+    requests = DIALECT.load_weights(str(line.server.models / "no-such-model"), 1)
+    (bad,) = [request for request in requests if request.path == "/collective_rpc"]
     with pytest.raises(RolloutError):
         await line.control(bad)
     await line.control(*DIALECT.load_weights(str(line.server.models / "tiny-1"), 2))

@@ -216,7 +216,9 @@ async def test_versions_of_a_stream_through_an_update_are_the_servers_own(
         for answer in answers.values():
             (heard,) = transport.heard[answer.rid]  # frozen and gone on with, not sent again
             assert answer.output_versions.tolist() == heard.versions
-            assert set(heard.versions) == {0, 1}
+        # A server may have come to its end before the other had begun, but not both.
+        seen = [set(answer.output_versions.tolist()) for answer in answers.values()]
+        assert {0, 1} in seen
         assert engine.totals().tokens_regenerated == 0
 
 
