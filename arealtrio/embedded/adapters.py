@@ -7,8 +7,8 @@ load on, and a name that is not there is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 
 class Adapters:
@@ -34,7 +34,7 @@ class Adapters:
         Raises:
             FileNotFoundError: ``path`` is no directory; nothing was changed.
         """
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):  # pathlib's raises of a name that is too long
             raise FileNotFoundError(f"No adapter found for {path}")
         self._paths[name] = path
 

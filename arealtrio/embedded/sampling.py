@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Logits: TypeAlias = npt.NDArray[np.floating[Any]]
 LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs", "scaled_logprobs"]
+_LARGEST = 1e300  # of a logit: whatever penalty and bias are asked for, it stays a number
 GREEDY_BELOW = 1e-5  # vLLM's limit: a smaller temperature means the most probable token
 
 
@@ -154,9 +155,11 @@ def _scaled(
     if plain and (params.temperature == 1 or params.greedy):
         return raw_logprobs
     changed = np.array(logits, dtype=np.float64)
-    _penalise(changed, params, prompt, output)
-    for token_id, bias in params.logit_bias.items():
-        changed[token_id] += bias
+    with np.errstate(over="ignore"):
+        _penalise(changed, params, prompt, output)
+        np.clip(changed, -_LARGEST, _LARGEST, out=changed)
+        for token_id, bias in params.logit_bias.items():
+            changed[token_id] = np.clip(changed[token_id] + bias, -_LARGEST, _LARGEST)
     if len(forbidden) < changed.size:  # else nothing would be left to draw
         changed[list(forbidden)] = -np.inf
     if not params.greedy:

@@ -182,7 +182,10 @@ class VllmFace:
             raise missing("method")
         if body["method"] != "reload_weights":
             raise rpc_error(f"'Worker' object has no attribute '{body['method']}'")
-        await self._reload(body.get("kwargs") or {})
+        kwargs = body.get("kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise rpc_error("argument after ** must be a mapping")
+        await self._reload(kwargs)
         return json_response({"results": [None]})
 
     async def _reload(self, kwargs: Body) -> None:

@@ -116,7 +116,10 @@ def _to_int(value: Any) -> int:
 def _to_float(value: Any) -> float:
     if not isinstance(value, int | float | str):
         raise TypeError("no number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError("not finite")
     return number
