@@ -216,7 +216,7 @@ class ModelRequest:
 
 
 def _as_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
-    if messages == ():
+    if isinstance(messages, tuple) and not messages:
         return ()
     if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
         found = tuple(messages)
