@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
+from ..checks import shown
 from ..errors import ConfigError, InvalidRequest
 from ..types import HttpRequest
 
@@ -125,6 +126,6 @@ def _split(base_url: str) -> SplitResult:
     fit = parts.scheme in _DEFAULT_PORTS and parts.hostname and port != 0
     if not fit or parts.query or parts.fragment or not base_url.isascii() or " " in base_url:
         raise ConfigError(
-            f"{base_url!r} is not a server's address: write http://host:port or https://host:port"
+            f"{shown(base_url)} is not a server's address: write http://host:port or https://host:port"
         )
     return parts
