@@ -153,6 +153,8 @@ class WeightUpdate:
         flag("rolling", self.rolling, error=UsageError)
         if self.group is not None and not isinstance(self.group, WeightsGroup):
             raise UsageError(f"group must be a WeightsGroup, not {shown(self.group)}")
+        if self.adapter is not None and not isinstance(self.adapter, AdapterSpec):
+            raise UsageError(f"adapter must be an AdapterSpec, not {shown(self.adapter)}")
         object.__setattr__(
             self, "chunks", items("chunks", self.chunks, "TensorSpec", error=UsageError)
         )
@@ -241,6 +243,8 @@ class WeightUpdate:
         chunks = tuple(_chunked(specs, size))
         if not chunks:
             raise UsageError("a distributed weight update needs tensors")
+        if adapter is not None and not isinstance(adapter, AdapterSpec):
+            raise UsageError(f"adapter must be an AdapterSpec, not {shown(adapter)}")
         if adapter is not None and len(chunks) > 1:
             raise UsageError("an adapter is sent whole; raise chunk_size_bytes above its size")
         return cls(
