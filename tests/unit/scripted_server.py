@@ -11,7 +11,7 @@ import trio
 
 Answer: TypeAlias = Callable[[], Awaitable[bytes]]
 
-GENERATE = "/v1/completions"  # it has no route that takes and gives tokens
+GENERATE = ("/v1/completions", "/generate")  # of vLLM without a token route, and of SGLang
 
 
 def http(body: bytes, status: int = 200, kind: bytes = b"application/json") -> bytes:
@@ -35,7 +35,7 @@ async def never() -> bytes:
 
 
 class ScriptedServer:
-    """As much of a vLLM as a pool asks for to take it in, and a generation as the test wants it.
+    """As much of a vLLM or an SGLang as a pool asks for to take it in, and a test's own generation.
 
     Args:
         generation: Gives the answer to a generation.
@@ -60,7 +60,7 @@ class ScriptedServer:
             return  # the client has gone
 
     async def _answer(self, path: str) -> bytes:
-        if path == GENERATE:
+        if path in GENERATE:
             self.asked += 1
             return await self.generation()
         if path == "/v1/models":

@@ -18,7 +18,7 @@ import trustme
 from arealtrio.config import RolloutConfig
 from arealtrio.embedded.model import TinyModel
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import NoServerAvailable
+from arealtrio.errors import NoServerAvailable, UsageError
 from arealtrio.transport import HttpTransport
 from arealtrio.types import (
     GenerationHyperparameters,
@@ -31,6 +31,7 @@ from arealtrio.weights import WeightUpdate, update_weights
 
 from .embedded_server import VOCAB_SIZE, save_weights
 from .fleet import Fleet, connected_engine
+from .observed import observed_engine
 from .scripted_server import Answer, at_once, http, never, scripted_server
 from .server_process import two_processes
 
@@ -290,6 +291,52 @@ async def test_a_server_that_reports_other_weights_than_it_was_given_takes_no_tr
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_server_whose_weights_somebody_else_labels_is_left_with_no_token_of_theirs(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_servers(dialect, tmp_path, monkeypatch, **NO_RETURN) as (engine, fleet):
+        changed, _ = fleet.urls
+        generations = Generations(engine)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generations.run, 4 * CAP)
+            await until_full(fleet)
+            server = engine.pool.named(changed)
+            await engine.pool.control(server, engine.pool.dialect.label_weights(7), 10.0)
+        check_exact(generations.answers, {0: fleet.weights[1]}, 4 * CAP)
+        assert states(engine) == ["stale", "ready"]
+        assert "reports version 7, not 0" in engine.statistics()[0].reason
+        assert outstanding(engine) == [0, 0]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_storm_of_503_from_every_server_is_outlived(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def storm(_: str, request: HttpRequest) -> HttpResponse | None:
+        if not request.path.endswith("generate") or len(refused) == 6 * CAP:
+            return None
+        refused.append(request)
+        return HttpResponse(503, {"content-type": "text/html"}, b"<html>try again</html>")
+
+    refused: list[HttpRequest] = []
+    config = {**QUICK, "segment_tokens": SEGMENT_TOKENS, "max_failovers": 50}
+    del config["vocab_size"]
+    async with observed_engine(tmp_path, monkeypatch, dialect, 2, config, max_num_seqs=CAP) as (
+        engine,
+        observed,
+    ):
+        observed.transport.hook = storm
+        generations = Generations(engine)
+        with trio.fail_after(30):
+            await generations.run(4 * CAP)
+        check_exact(generations.answers, {0: observed.weights[1]}, 4 * CAP)
+        assert len(refused) == 6 * CAP
+        assert engine.totals().failovers == 6 * CAP
+        assert engine.totals().tokens_regenerated == 0  # a refusal made none
+        assert outstanding(engine) == [0, 0]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 async def test_a_server_that_never_answers_holds_no_generation_past_its_limit(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,15 +367,26 @@ async def late() -> bytes:
         (at_once(http(b"<html>Bad Gateway</html>", 502, b"text/html")), "502.*HTML page"),
         (at_once(http(b"<html>hello</html>", 200, b"text/html")), "text/html"),
         (at_once(http(b'{"choices":[{"token_ids":[1,2')), "JSON|choices|bytes"),
+        (at_once(http(b'{"output_ids":[1,2')), "JSON|bytes"),
         (at_once(http(b'{"error":{"message":"overloaded"}}', 503)), "503"),
         (at_once(b"HTTP/1.1 200 OK\r\ncontent-length: 900\r\n\r\n{"), "0.1 s|segment|total"),
         (never, "0.1 s|total|first"),
         (late, "0.1 s|total|first"),
     ],
-    ids=["HTML 502", "HTML 200", "cut JSON", "503", "half a body", "never", "too late"],
+    ids=[
+        "HTML 502",
+        "HTML 200",
+        "cut JSON of vLLM",
+        "cut JSON of SGLang",
+        "503",
+        "half a body",
+        "never",
+        "too late",
+    ],
 )
+@pytest.mark.parametrize("dialect", DIALECTS)
 async def test_generations_go_on_beside_a_server_that_answers_nonsense(
-    answer: Answer, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dialect: str, answer: Answer, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
         connected_engine(
@@ -336,6 +394,7 @@ async def test_generations_go_on_beside_a_server_that_answers_nonsense(
             monkeypatch,
             1,
             {**QUICK, **NO_RETURN, "segment_timeout_s": 0.1, "segment_tokens": 8},
+            dialect=dialect,
             max_num_seqs=CAP,
         ) as (engine, fleet),
         scripted_server(answer) as broken,
@@ -360,10 +419,14 @@ async def test_a_name_that_nobody_knows_is_said(tmp_path: Path) -> None:
             raise AssertionError("it opened")
 
 
-async def test_a_certificate_that_nobody_trusts_is_said() -> None:
+def untrusted() -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    async with scripted_server(never, context) as server:
+    return context
+
+
+async def test_a_certificate_that_nobody_trusts_is_said() -> None:
+    async with scripted_server(never, untrusted()) as server:
         with pytest.raises(NoServerAvailable, match=r"(?i)certificate|TLS"):
             async with open_engine(RolloutConfig(servers=[server.url], setup_timeout_s=1.0)):
                 raise AssertionError("it opened")
@@ -373,13 +436,30 @@ async def test_a_certificate_that_nobody_trusts_is_said() -> None:
 async def test_servers_that_can_not_be_reached_are_added_beside_one_that_serves(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with two_servers(dialect, tmp_path, monkeypatch) as (engine, fleet):
+    async with (
+        two_servers(dialect, tmp_path, monkeypatch) as (engine, fleet),
+        scripted_server(never, untrusted()) as stranger,
+    ):
         engine.pool.add("http://no-such-host.invalid:8000")
         engine.pool.add("http://127.0.0.1:9")
+        engine.pool.add(stranger.url)
         generations = Generations(engine)
         await generations.run(CAP)
         check_exact(generations.answers, {0: fleet.weights[1]}, CAP)
-        assert states(engine) == ["ready", "ready", "joining", "joining"]
+        assert states(engine) == ["ready", "ready", "joining", "joining", "joining"]
         with pytest.raises(NoServerAvailable) as caught:
             await engine.pool.wait_ready(0.5)
         assert "no-such-host.invalid:8000 is joining (ConnectFailed" in str(caught.value)
+        assert re.search(rf"{stranger.url} is joining .*(?i:certificate)", str(caught.value))
+        assert stranger.asked == 0
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_server_is_in_the_pool_once_however_it_is_written(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_servers(dialect, tmp_path, monkeypatch) as (engine, fleet):
+        with pytest.raises(UsageError, match="is in the pool, ready"):
+            engine.pool.add(fleet.urls[0] + "/")
+        assert len(engine.pool.servers) == 2
+        assert [row.cap for row in engine.statistics()] == [CAP, CAP]  # what each said it can run
