@@ -51,8 +51,8 @@ class RolloutConfig:
         schedule_policy: ``least_request`` sends to the server with the least outstanding ÷ cap;
             ``round_robin`` takes strict turns, which leaves servers idle behind long answers.
         max_requests_per_server: Requests in flight on one server (its cap). One number, or one by
-            address; None asks the server (vLLM ``max_num_seqs``), else 256. Never set it below
-            what the server can run: that costs its full shortfall.
+            address; None asks the server (vLLM ``max_num_seqs``, SGLang ``max_running_requests``),
+            else 256. Never set it below what the server can run: that costs its full shortfall.
         queue_order: In what order requests that wait get the slots that come free. ``fifo``
             (default); ``deadline``, the oldest admissible version first; ``longest_expected``, by
             what earlier answers to the same prompt say, so that a batch does not end with one long

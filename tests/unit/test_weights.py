@@ -9,10 +9,19 @@ import pytest
 import trio
 import trio.testing
 
-from arealtrio.engine import RemoteEngine
+from arealtrio.config import RolloutConfig
+from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import UsageError, WeightUpdateError
 from arealtrio.servers import ServerState
-from arealtrio.testing import checkpoint, made_by, simulated_executor
+from arealtrio.testing import (
+    EOS,
+    FixedLengths,
+    SimulatedServerSettings,
+    checkpoint,
+    made_by,
+    open_fleet,
+    simulated_executor,
+)
 from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
@@ -110,6 +119,33 @@ async def test_requests_wait_for_a_server_that_has_the_weights(autojump_clock: C
             faulty.fault = lambda *_: None
             await update_weights(engine.pool, disk(1))
         assert set(call.value.output_versions.tolist()) == {1}
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_during_a_rolling_update_a_request_may_insist_on_the_new_weights(
+    dialect: Any, autojump_clock: Clock
+) -> None:
+    """One server has them, one loads them, and one still has the old ones."""
+    settings = [SimulatedServerSettings(load_time_s=10.0, max_num_seqs=1, dialect=dialect)] * 3
+    async with open_fleet(settings, lengths=FixedLengths(50)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, backend=dialect, vocab_size=2 * EOS)
+        async with open_engine(config, transport=fleet) as engine, trio.open_nursery() as nursery:
+            nursery.start_soon(update_weights, engine.pool, disk(1, rolling=True))
+            while [row.version for row in engine.statistics()] != [1, 0, 0]:
+                await engine.pool.service_changed.wait()
+            assert engine.get_version() == 0
+            newest = Deferred(nursery, lambda: engine.agenerate(ModelRequest([3]), min_version=1))
+            await settled()
+            any_of_them = Deferred(nursery, engine.agenerate, ModelRequest([4]))
+            await settled()
+            waits = Deferred(nursery, lambda: engine.agenerate(ModelRequest([5]), min_version=1))
+            for call in (newest, any_of_them, waits):
+                await call.ended.wait()
+        servers = [call.value.segments[0].server for call in (newest, any_of_them, waits)]
+        assert servers == [fleet.addresses[n] for n in (0, 2, 0)]
+        for call, version in ((newest, 1), (any_of_them, 0), (waits, 1)):
+            assert set(call.value.output_versions.tolist()) == {version}
+        assert waits.value.wait_s > 0
 
 
 async def test_if_all_fail_the_version_stays_and_the_next_update_brings_them_back(
