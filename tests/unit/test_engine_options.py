@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
 import trustme
 
 from arealtrio.config import RolloutConfig
+from arealtrio.embedded.model import TinyModel, log_softmax
 from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import ConfigError, NoServerAvailable, TransportError
 from arealtrio.servers import ServerPool
@@ -27,6 +29,9 @@ from arealtrio.testing import (
     open_fleet,
 )
 from arealtrio.types import GenerationHyperparameters, HttpRequest, HttpResponse, ModelRequest
+
+from .embedded_server import VOCAB_SIZE
+from .fleet import connected_engine
 
 SHORT = GenerationHyperparameters(max_new_tokens=10)
 
@@ -329,6 +334,35 @@ async def test_logprobs_after_the_temperature_need_no_warning(
         server.info = replace(server.info, logprobs_tempered=True)
         with no_warning():
             await engine.agenerate(ModelRequest([5], SHORT.new(temperature=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "settings", "warned"),
+    [
+        ("vllm", {}, True),
+        ("vllm", {"logprobs_mode": "processed_logprobs"}, False),
+        ("sglang", {}, False),
+    ],
+)
+async def test_what_a_servers_logprobs_are_of_is_what_it_says_and_what_they_are(
+    dialect: str,
+    settings: dict[str, Any],
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"vocab_size": VOCAB_SIZE}
+    gconfig = GenerationHyperparameters(max_new_tokens=40, temperature=0.5, ignore_eos=True, seed=1)
+    async with connected_engine(
+        tmp_path, monkeypatch, config=config, dialect=dialect, **settings
+    ) as (engine, fleet):
+        with pytest.warns(UserWarning, match="before the temp") if warned else no_warning():
+            answer = await engine.agenerate(ModelRequest([5, 6], gconfig))
+    whole = np.concatenate([answer.input_tokens, answer.output_tokens])
+    model = TinyModel.load(fleet.weights[1])
+    logits = model.logits(model.contexts(whole, answer.input_len)) / (1.0 if warned else 0.5)
+    expected = log_softmax(logits)[np.arange(40), answer.output_tokens]
+    np.testing.assert_allclose(answer.output_logprobs, expected, atol=1e-4)
 
 
 # --- caps under pressure ------------------------------------------------------------------------
