@@ -84,7 +84,7 @@ class RolloutConfig:
             that are added later may be named too.
         ca_file: Certificate authorities, in PEM, that https servers are checked against; None takes
             the system's. For more (client certificates, another authority for each server), pass
-            ``open_engine`` an ``HttpTransport(ssl_context=…)``.
+            ``open_engine`` an ``HttpTransport(ssl_context=…, server_ssl_contexts=…)``.
         max_consecutive_failures: Groups that may fail in a row before ``prepare_batch`` ends with
             TooManyFailures. A group counts once, as it settles; one that its policy saved does not.
             Choose it above the prompts in flight that one dead server can fail.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -36,19 +36,24 @@ class HttpTransport:
 
     Args:
         ssl_context: For https; None: the system's trust store, made at the first https request.
+        server_ssl_contexts: By address, for servers that need another: a client's certificate of
+            their own, or another authority. No path is looked at; a connection is never shared
+            between addresses.
         keep_alive_s: How long an unused connection is kept. Stay below the server's own time
             (uvicorn, and with it vLLM and SGLang: 5 s), or a request may meet the closing half-way.
         idle_per_origin: Unused connections kept for one server at most; choose at least the
             requests in flight to one server, else bursts reconnect.
 
     Raises:
-        ConfigError: An argument is out of its range.
+        ConfigError: An argument is out of its range, or ``server_ssl_contexts`` names an address
+            that is not one of https.
     """
 
     def __init__(
         self,
         *,
         ssl_context: ssl.SSLContext | None = None,
+        server_ssl_contexts: Mapping[str, ssl.SSLContext] | None = None,
         keep_alive_s: float = 4.0,
         idle_per_origin: int = 1024,
     ) -> None:
@@ -56,6 +61,7 @@ class HttpTransport:
         if kept_s < 0:
             raise ConfigError("keep_alive_s must not be negative")
         self._ssl_context = ssl_context
+        self._server_ssl_contexts = _by_place(server_ssl_contexts or {})
         self._pool: Final = Pool(kept_s, integer("idle_per_origin", idle_per_origin, 0))
         self._buffer: Final = memoryview(bytearray(RECEIVE_SIZE_BYTES))
         self._origins: dict[str, Origin] = {}  # base_url -> its parsed form
@@ -191,7 +197,7 @@ class HttpTransport:
         return exchange
 
     async def _connect(self, origin: Origin, limits: TimeLimits, deadline: float) -> Connection:
-        context = self._context() if origin.tls else None
+        context = self._context(origin) if origin.tls else None
         scope = trio.CancelScope(deadline=min(trio.current_time() + limits.connect_s, deadline))
         self._connecting.add(scope)
         try:
@@ -218,7 +224,10 @@ class HttpTransport:
         message = f"no connection to {origin.url} within {name} = {seconds:g} s"
         return TransportTimeout(message, request_sent=False, limit=name)
 
-    def _context(self) -> ssl.SSLContext:
+    def _context(self, origin: Origin) -> ssl.SSLContext:
+        own = self._server_ssl_contexts.get((origin.host, origin.port))
+        if own is not None:
+            return own
         if self._ssl_context is None:
             self._ssl_context = ssl.create_default_context()
         return self._ssl_context
@@ -231,3 +240,13 @@ class HttpTransport:
                 self._origins.clear()  # their idle connections age and are swept
             self._origins[base_url] = origin
         return origin
+
+
+def _by_place(contexts: Mapping[str, ssl.SSLContext]) -> dict[tuple[str, int], ssl.SSLContext]:
+    found = {}
+    for base_url, context in contexts.items():
+        origin = Origin(base_url)
+        if not origin.tls:
+            raise ConfigError(f"server_ssl_contexts names {base_url}, which is not of https")
+        found[origin.host, origin.port] = context
+    return found

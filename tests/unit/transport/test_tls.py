@@ -9,7 +9,7 @@ import trio
 import trustme
 from trio.testing import wait_all_tasks_blocked
 
-from arealtrio.errors import ConnectFailed, TransportError, TransportTimeout
+from arealtrio.errors import ConfigError, ConnectFailed, TransportError, TransportTimeout
 from arealtrio.transport import HttpTransport
 from arealtrio.types import HttpRequest, TimeLimits
 
@@ -159,3 +159,44 @@ async def test_cancelled_in_a_session(
                 scope.cancel()
         assert transport.statistics().active == transport.statistics().idle == 0
         await gone.wait()
+
+
+async def test_a_server_may_need_another_authority_and_a_certificate_of_ours(
+    start_server: StartServer,
+    wrap: Wrap,
+    trusting: ssl.SSLContext,
+    limits: TimeLimits,
+    post: HttpRequest,
+) -> None:
+    theirs = trustme.CA()
+    demanding = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    demanding.minimum_version = ssl.TLSVersion.TLSv1_2
+    demanding.verify_mode = ssl.CERT_REQUIRED
+    theirs.issue_cert("localhost").configure_cert(demanding)
+    theirs.configure_trust(demanding)
+    own = ssl.create_default_context()
+    theirs.configure_trust(own)
+    theirs.issue_cert("trainer@example.org").configure_cert(own)
+
+    async def echo(peer: Peer) -> None:
+        while request := await peer.read_request():
+            await peer.answer(request.partition(b"\r\n\r\n")[2])
+
+    usual = await start_server(echo, wrap)
+    strict = await start_server(
+        echo,
+        lambda stream: trio.SSLStream(stream, demanding, server_side=True, https_compatible=True),
+    )
+    contexts = {strict.url + "/base": own}
+    async with HttpTransport(ssl_context=trusting, server_ssl_contexts=contexts) as transport:
+        for server in (usual, strict):
+            response = await transport.request(server.url, post, limits)
+            assert response.body == post.body
+    async with HttpTransport(ssl_context=trusting) as transport:
+        with pytest.raises(ConnectFailed, match=r"(?i)certificate"):
+            await transport.request(strict.url, post, limits)
+
+
+def test_a_context_for_what_is_not_https_is_refused() -> None:
+    with pytest.raises(ConfigError, match="http://a:1, which is not of https"):
+        HttpTransport(server_ssl_contexts={"http://a:1": ssl.create_default_context()})
