@@ -67,6 +67,7 @@ class Server:
         version: The weights it was last told to serve, and confirmed.
         told: The newest it was told to load, confirmed or not.
         labelled: It carries a label that we gave it, so what it reports can be held to that.
+        label_seen: It told a label since then: one that tells none after that is another process.
         state: Whether it takes requests.
         reason: Why it is out of order, in words.
         requests: Generation requests sent to it since the pool opened.
@@ -91,6 +92,7 @@ class Server:
     version: int = 0
     told: int = 0
     labelled: bool = False
+    label_seen: bool = False
     state: ServerState = ServerState.JOINING
     reason: str = ""
     requests: int = 0
@@ -716,6 +718,7 @@ class ServerPool:
         limits = self.config.control_limits(self.config.control_timeout_s)
         answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
         server.info = self.dialect.parse_discover(answers)
+        server.label_seen |= server.info.weight_version is not None
         self._smallest.clear()
         if server.state is ServerState.JOINING and not server.cap:
             server.cap = self._initial_cap(server)
@@ -755,6 +758,7 @@ class ServerPool:
         limits = self.config.control_limits(self.config.control_timeout_s)
         response = await self.send(server, self.dialect.weight_version(), limits)
         reported = self.dialect.parse_weight_version(response)
+        server.label_seen |= reported is not None
         if reported != version:
             raise ProtocolError(f"it reports version {reported} after it was given {version}")
 

@@ -145,10 +145,11 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
 def _notice_restart(pool: ServerPool, server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights.
 
-    What it was sent before that was noticed is made by them, and of no use.
+    What it was sent before that was noticed is made by them, and of no use. One that was given
+    labels and never told one may be the same process still, and have whatever it was sent.
     """
-    if server.labelled and server.info.weight_version is None:
-        server.labelled = server.tainted = False
+    if server.label_seen and server.info.weight_version is None:
+        server.labelled = server.label_seen = server.tainted = False
         pool.cut_off(server)
 
 

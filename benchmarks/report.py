@@ -30,6 +30,7 @@ from . import (
     bench_ledger,
     bench_makespan,
     bench_selection,
+    bench_simulation,
     bench_transport,
     bench_wire,
 )
@@ -202,7 +203,16 @@ def makespan() -> Iterator[Row]:
             yield Row(words, statistics.median(ratios), 1.0, "makespan", target)
 
 
-QUESTIONS = (selection, counters, transport, wire, end_to_end, batch, dispatch, ledger, makespan)
+def simulation() -> Iterator[Row]:
+    s = bench_simulation
+    for dialect in ("vllm", "sglang"):
+        taken = s.cpu_us(dialect=dialect)
+        yield Row(f"simulated rollout, {dialect}", taken, None, "µs CPU", s.TARGET_US)
+
+
+QUESTIONS = (
+    selection, counters, transport, wire, end_to_end, batch, dispatch, ledger, makespan, simulation,
+)  # fmt: skip
 
 
 def line(row: Row) -> str:

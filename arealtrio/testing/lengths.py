@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import NormalDist
 from typing import Protocol, Self
 
@@ -98,6 +100,39 @@ class RecordedLengths:
             raise ConfigError("recorded lengths are one or more numbers of at least 1")
         self._tokens = itertools.cycle(recorded)
 
+    @classmethod
+    def from_jsonl(cls, path: str | Path, field: str = "usage.completion_tokens") -> Self:
+        """Read them from a file with one JSON value a line, such as a log of answers.
+
+        Args:
+            path: The file; empty lines are skipped.
+            field: Where in an object the length is, its keys joined by dots; the default is where
+                an OpenAI answer has it. A line that is a number is a length.
+
+        Raises:
+            ConfigError: A line has no length; it is named.
+            OSError: The file can not be read.
+        """
+        with Path(path).open(encoding="utf-8") as lines:
+            return cls(
+                _length(line, field, f"line {number} of {path}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            )
+
     def draw(self, _: random.Random) -> int:
         """See ``Lengths``."""
         return next(self._tokens)
+
+
+def _length(line: str, field: str, where: str) -> int:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{where} is not JSON") from exc
+    for key in field.split("."):
+        if isinstance(value, dict):
+            value = value.get(key)
+    if isinstance(value, dict) or value is None:
+        raise ConfigError(f"{where} has no {field}; name the field that holds the length")
+    return integer(f"the length in {where}", value, 1)

@@ -77,8 +77,7 @@ def pytest_runtest_makereport(
     call: Any = getattr(item, "callspec", None)
     seed = None if call is None else call.params.get(_SEED)
     if report.failed and seed is not None:
-        path = item.nodeid.partition("[")[0]
-        line = f"pytest '{path}' --simulation-seed {seed} --simulation-seeds 1"
+        line = f"pytest '{item.nodeid}' --simulation-seed {seed} --simulation-seeds 1"
         report.sections.append(("simulation", f"seed {seed}; repeat with: {line}"))
     return report
 

@@ -14,7 +14,9 @@ from ..types import INT32_MAX, PauseMode
 from ..wire.weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
 KINDS: Final = ("disk", "distributed", "lora", "label")
-PAUSE_MODES: Final = ("keep", "abort", "wait", "retract", "in_place")  # each dialect knows some
+# Each dialect knows some. Not ``in_place``: it keeps the cache that the old weights made, for those
+# under way and for all that begin alike.
+PAUSE_MODES: Final = ("keep", "abort", "wait", "retract")
 _RANKS_MAX: Final = 2**20
 
 Chunk: TypeAlias = tuple[TensorSpec, ...]
@@ -120,7 +122,7 @@ class WeightUpdate:
         path: For ``disk`` and ``lora``: the directory as the *servers* see it.
         pause: How requests in flight are held meanwhile: ``keep`` freezes them and lets them go
             on with the new weights, ``abort`` returns them and the engine sends them again,
-            ``wait`` lets them finish first.
+            ``wait`` lets them finish first. ``retract`` is SGLang's word for ``keep``.
         rolling: One server after the other, so that the rest keep generating; tokens of both
             versions are made meanwhile. False: all at once, which takes less time in all.
         name: For ``lora``: the adapter's name, without a version.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from arealtrio import WeightUpdate, WorkflowExecutor
-from arealtrio.errors import StalenessBudgetExhausted
+from arealtrio import RolloutConfig, WeightUpdate, WorkflowExecutor, open_executor
+from arealtrio.errors import StalenessBudgetExhausted, WeightUpdateError
 from arealtrio.testing import (
     ScriptedModel,
     SimulatedFleet,
     SimulatedServerSettings,
     checkpoint,
+    open_fleet,
     simulated_executor,
 )
 from arealtrio.types import Outcome
@@ -115,3 +117,22 @@ async def test_a_wrong_label_is_set_right_where_there_is_nothing_to_load(
         await executor.update_weights(WeightUpdate.lora("policy", "/", 2))
         await executor.wait_ready(60.0)
         assert {server.scheduler.weight_version for server in fleet} == {"2"}
+
+
+async def test_a_server_that_took_no_label_is_not_taken_for_one_that_was_restarted(
+    autojump_clock: MockClock,
+) -> None:
+    """It had loaded weights that nobody asked for any more, and went on as if it had the first."""
+    async with open_fleet(LOADS_FOR_3_S) as fleet, AsyncExitStack() as stack:
+        config = RolloutConfig(servers=fleet.addresses, backend="vllm", probe_interval_max_s=1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            keeps = lambda server, _: server.scheduler.weight_version  # noqa: E731
+            patch.setattr(fleet.faults, "on_label", keeps)
+            executor = await stack.enter_async_context(open_executor(config, transport=fleet))
+            with pytest.raises(WeightUpdateError, match="reports version None"):
+                await executor.update_weights(to(1))
+        await trio.sleep(60.0)
+        assert executor.get_version() == 0
+        assert executor.engine.pool.in_service == ()
+        await executor.update_weights(to(2))
+        await check_weights(executor, fleet, 2)
