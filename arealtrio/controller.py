@@ -654,7 +654,7 @@ class RolloutController:
 
     @contextmanager
     def paused(self, mode: PauseMode = "keep") -> Iterator[dict[str, str]]:
-        """Stop generation on every server for the length of a block. See ``ServerPool.paused``.
+        """Stop generation on every server for the length of a block. See ``Pausing.paused``.
 
         However the block is left, by Ctrl-C too, the servers are resumed.
 

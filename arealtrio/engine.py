@@ -27,6 +27,7 @@ from .errors import (
     TransportError,
 )
 from .generation import Generation, Progress
+from .joining import join
 from .lora import unload_retired
 from .memory import Memory
 from .ordering import Origin
@@ -67,7 +68,7 @@ class RemoteEngine:
         self.memory = Memory(pool)
         self.config = config
         self._tally = Tally()
-        self._affinity = Affinity(config.affinity_size, pool.serves)
+        self._affinity = Affinity(config.affinity_size, pool.fleet.serves)
         self._warned_of_logprobs = False
 
     def get_version(self) -> int:
@@ -90,9 +91,9 @@ class RemoteEngine:
     def paused(self, mode: PauseMode = "keep") -> AbstractAsyncContextManager[dict[str, str]]:
         """Stop generation on every server for the length of an ``async with`` block.
 
-        See ``ServerPool.paused``.
+        See ``Pausing.paused``.
         """
-        return self.pool.paused(mode)
+        return self.pool.pausing.paused(mode)
 
     async def offload(self, *, keep_weights: bool = True, drain: bool = False) -> dict[str, str]:
         """Put every server to sleep until ``onload``. See ``Memory.offload``."""
@@ -192,7 +193,7 @@ class RemoteEngine:
         return Generation(request, request.rid or uuid.uuid4().hex, budget, origin, session)
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
-        size = self.config.vocab_size or self.pool.smallest("vocab_size")
+        size = self.config.vocab_size or self.pool.fleet.smallest("vocab_size")
         if size is not None and len(prompt) and int(prompt.max()) >= size:
             raise InvalidRequest(
                 f"the prompt holds the token id {int(prompt.max())}, "
@@ -230,7 +231,7 @@ class RemoteEngine:
     def _budget(self, prompt_len: int, gconfig: GenerationHyperparameters) -> int:
         """New tokens that there is room for: vLLM would clamp silently, so it is decided here."""
         room = gconfig.max_tokens - prompt_len
-        model_len = self.pool.smallest("max_model_len")
+        model_len = self.pool.fleet.smallest("max_model_len")
         if model_len is not None:
             room = min(room, model_len - prompt_len)
         if room < 1:
@@ -296,7 +297,7 @@ class RemoteEngine:
             except (TransportError, ServerError, ProtocolError) as exc:
                 generation.arrived = None
                 if lease.version <= lease.server.version:  # else it went back, as it was told to
-                    self.pool.failed(lease.server, exc)
+                    self.pool.ejection.failed(lease.server, exc)
                 if answer is not None:
                     self._lose(generation, len(answer.token_ids))
                 elif arrived is None:
@@ -305,7 +306,7 @@ class RemoteEngine:
                     self._salvage(generation, lease, segment, arrived, exc)
                 self._fail_over(generation, lease.server, exc)
                 return False
-        self.pool.succeeded(lease.server)
+        self.pool.ejection.succeeded(lease.server)
         if generation.stop_reason == "abort" and not generation.finished:
             self._check_interruptions(generation)
         return True
@@ -407,7 +408,7 @@ class RemoteEngine:
         server.requests += 1
         done = False
         try:
-            with self.pool.attached(server):
+            with server.attached():
                 response = await self._exchange(server, request, arrived)
             done = True
         except TransportError as exc:
@@ -539,7 +540,7 @@ async def open_engine(
     try:
         pool = ServerPool(config, dialect or make_dialect(config.backend), transport)
         with pool.open():
-            await pool.join()
+            await join(pool)
             _check_vocabulary_is_known(pool)
             _warn_of_cumulative_streams(pool)
             async with background(supervise, pool) as nursery:
@@ -562,7 +563,7 @@ async def _wake_and_resume_at_the_end(engine: RemoteEngine) -> None:
     with trio.move_on_after(engine.config.close_timeout_s, shield=True):
         if engine.memory.is_lent:
             await engine.memory.onload()
-        await engine.pool.resume_held()
+        await engine.pool.pausing.resume_held()
 
 
 def _check_vocabulary_is_known(pool: ServerPool) -> None:

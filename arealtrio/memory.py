@@ -78,7 +78,7 @@ class Memory:
 
     async def _hold(self, drain: bool) -> None:
         stack = AsyncExitStack()
-        paused = self._pool.paused("abort", drain=drain)
+        paused = self._pool.pausing.paused("abort", drain=drain)
         self._not_paused = await stack.enter_async_context(paused)
         self._pause = stack
 
@@ -184,7 +184,7 @@ async def _attempt_wake(
         except RolloutError as exc:
             failed[server.address] = str(exc)
             server.asleep = set()
-            await pool.freeze(server, f"not woken: {exc}")
+            await pool.pausing.freeze(server, f"not woken: {exc}")
 
 
 async def _check_not_restarted(pool: ServerPool, server: Server) -> None:

@@ -113,7 +113,7 @@ async def _relieve(pool: ServerPool, server: Server) -> None:
         if load is None or server.state is not ServerState.READY:
             controller.forget()
         else:
-            pool.relieve(server, controller.observe(load, server.cap, server.version))
+            pool.fleet.relieve(server, controller.observe(load, server.cap, server.version))
 
 
 async def _load_of(pool: ServerPool, server: Server) -> ServerLoad | None:

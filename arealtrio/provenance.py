@@ -57,7 +57,7 @@ def _check_belief(pool: ServerPool, lease: Lease, spans: Sequence[VersionSpan]) 
         words = f"it reports version {spans[-1].version}, not {server.version}"
         if server.state in IN_SERVICE:
             pool.mark_stale(server, words)
-            pool.cut_off(server)
+            server.cut_off()
         raise ProtocolError(f"{server.address}: {words}; its tokens are dropped")
 
 

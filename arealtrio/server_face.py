@@ -27,7 +27,7 @@ class ServerFace(RolloutNursery):
             ConfigError: If the address is none, or the cap is no integer of at least 1.
         """
         self._check_open()
-        self.engine.pool.add(address, cap)
+        self.engine.pool.fleet.add(address, cap)
 
     def remove_server(self, address: str) -> None:
         """Take a server out, and return at once; it finishes what it has, and gets no more.
@@ -36,7 +36,7 @@ class ServerFace(RolloutNursery):
             UsageError: If it is not there.
         """
         self._check_open()
-        self.engine.pool.remove(address)
+        self.engine.pool.fleet.remove(address)
 
     def set_server_cap(self, address: str, cap: int) -> None:
         """Change how many requests a server may have at once; 0 drains it, and keeps it.
@@ -45,7 +45,7 @@ class ServerFace(RolloutNursery):
             UsageError: If it is not there, or the cap is no integer from 0 on.
         """
         self._check_open()
-        self.engine.pool.set_cap(address, cap)
+        self.engine.pool.fleet.set_cap(address, cap)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until every server is ready, but those that are leaving.

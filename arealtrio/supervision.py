@@ -1,7 +1,7 @@
 """Looks after each server: health checks while it serves, and its way back when it does not.
 
 What is outside has to be asked: these are the only timers, each with its name in ``config``.
-Ejection is decided in ``servers``, from requests and health checks alike.
+Ejection is decided in ``ejection``, from requests and health checks alike.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ async def _check_once(pool: ServerPool, server: Server) -> None:
     try:
         await pool.check_health(server)
     except RolloutError as exc:
-        pool.unhealthy(server, exc)
+        pool.ejection.unhealthy(server, exc)
     else:
-        pool.healthy(server)
+        pool.ejection.healthy(server)
 
 
 async def _bring_back(pool: ServerPool, server: Server) -> None:
@@ -70,7 +70,7 @@ async def _bring_back(pool: ServerPool, server: Server) -> None:
     while server.state in OUT_OF_ORDER:
         with trio.move_on_after(_probe_interval_s(pool, server)):
             await server.changed.wait()
-        if server.state in OUT_OF_ORDER and not pool.is_held(server):
+        if server.state in OUT_OF_ORDER and not pool.pausing.is_held(server):
             server.probes += 1
             await _try_to_bring_back(pool, server)
 
@@ -79,7 +79,7 @@ def _probe_interval_s(pool: ServerPool, server: Server) -> float:
     """Seconds until the next look. Starting is no failure: a server that joins is not put off."""
     config = pool.config
     if server.state is ServerState.JOINING:
-        now = not server.probes and not pool.is_held(server)
+        now = not server.probes and not pool.pausing.is_held(server)
         return 0.0 if now else config.probe_interval_s
     doublings = min(server.probes, 60)  # a float has room for them
     return min(config.probe_interval_s * 2.0**doublings, config.probe_interval_max_s)
@@ -90,12 +90,12 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
         async with server.control_lock:
             try:
                 await pool.check_health(server)
-                pool.healthy(server)
+                pool.ejection.healthy(server)
                 await pool.discover(server)
                 server.version = await _restore(pool, server)
             except RolloutError as exc:
                 server.reason = f"{type(exc).__name__}: {exc}"
-                pool.unhealthy(server, exc)
+                pool.ejection.unhealthy(server, exc)
             else:
                 _take_back(pool, server)
     server.restoring = None
@@ -103,14 +103,14 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
 
 def _take_back(pool: ServerPool, server: Server) -> None:
     """Put a server into service again, unless an update or a pause began meanwhile."""
-    overtaken = not pool.is_current(server.version) or pool.is_held(server)
+    overtaken = not pool.is_current(server.version) or pool.pausing.is_held(server)
     if server.state in OUT_OF_ORDER and not overtaken:
-        pool.take_back(server)
+        pool.ejection.take_back(server)
 
 
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
-    _notice_restart(pool, server)
+    _notice_restart(server)
     version = server.version
     if not _has_its_weights(pool, server):
         version, label = pool.version, server.info.weight_version
@@ -122,7 +122,7 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     await pool.confirm(server, version)
     server.tainted = False
     if server.frozen:
-        await pool.resume(server)
+        await pool.pausing.resume(server)
     return version
 
 
@@ -142,7 +142,7 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
     return base_version if recipe else server.info.weight_version
 
 
-def _notice_restart(pool: ServerPool, server: Server) -> None:
+def _notice_restart(server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights.
 
     What it was sent before that was noticed is made by them, and of no use. One that was given
@@ -150,7 +150,7 @@ def _notice_restart(pool: ServerPool, server: Server) -> None:
     """
     if server.label_seen and server.info.weight_version is None:
         server.labelled = server.label_seen = server.tainted = False
-        pool.cut_off(server)
+        server.cut_off()
 
 
 def _has_its_base(pool: ServerPool, server: Server) -> bool:
@@ -198,7 +198,7 @@ async def _load(pool: ServerPool, server: Server, recipe: Sequence[HttpRequest])
     """Load weights, under nobody's feet: what an ejected server still generates is returned."""
     if not recipe:
         return
-    await pool.halt(server, pool.config.control_timeout_s)
+    await pool.pausing.halt(server, pool.config.control_timeout_s)
     for request in recipe:
         await pool.control(server, request, pool.config.update_timeout_s)
 

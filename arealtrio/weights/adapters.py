@@ -50,4 +50,4 @@ async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     await pool.control(server, request, pool.config.update_timeout_s)
     await pool.label(server, adapter.version)
     if server.frozen:
-        await pool.resume(server)
+        await pool.pausing.resume(server)

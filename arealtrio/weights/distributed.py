@@ -248,7 +248,7 @@ class _Reception:
         async with trio.open_nursery() as nursery:
             for server in self._servers:
                 if error := self._failed.get(server.address):
-                    nursery.start_soon(self._pool.freeze, server, f"{words}: {error}")
+                    nursery.start_soon(self._pool.pausing.freeze, server, f"{words}: {error}")
 
     async def _each(self, step: Callable[[Server], Awaitable[None]]) -> None:
         async with trio.open_nursery() as nursery:

@@ -121,7 +121,7 @@ async def _update(
     if update.kind == "lora":
         await load_adapter_everywhere(pool, servers, update, failed)
         return
-    async with pool.paused(update.pause, servers) as not_paused:
+    async with pool.pausing.paused(update.pause, servers) as not_paused:
         failed.update(not_paused)
         if update.kind == "distributed":
             await receive_everywhere(pool, servers, update, failed)
@@ -143,7 +143,7 @@ async def _load_one(
     words = f"update to version {update.version}"
     async with server.control_lock:
         if server.address in failed:  # it could not be paused, so nothing is known about it
-            await pool.freeze(server, f"{words}: {failed[server.address]}")
+            await pool.pausing.freeze(server, f"{words}: {failed[server.address]}")
             return
         if update.kind == "label" and (reason := lacks_weights(pool, server)):
             failed[server.address] = f"{reason}; a label alone does not mend that"
@@ -153,11 +153,11 @@ async def _load_one(
             await _send(pool, server, update)
         except RolloutError as exc:
             failed[server.address] = str(exc)
-            await pool.freeze(server, f"{words}: {exc}")
+            await pool.pausing.freeze(server, f"{words}: {exc}")
             return
         except trio.Cancelled:  # what it serves now is not known
             with trio.CancelScope(shield=True):
-                await pool.freeze(server, f"its {words} was cancelled")
+                await pool.pausing.freeze(server, f"its {words} was cancelled")
             raise
         updated(pool, server, update)
 

@@ -40,5 +40,5 @@ def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
         server.base_version = update.version
     server.frozen = server.tainted = False
     if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
-        held = pool.is_held(server)
+        held = pool.pausing.is_held(server)
         pool.set_state(server, ServerState.PAUSED if held else ServerState.READY)

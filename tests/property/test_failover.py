@@ -147,11 +147,11 @@ class World:
         pool = self.engine.pool
         known = {s.address: s for s in pool.servers}
         if name == "add" and address not in known:
-            pool.add(address)
+            pool.fleet.add(address)
         elif name == "remove" and address in known:
-            pool.remove(address)
+            pool.fleet.remove(address)
         elif name == "cap" and address in known:
-            pool.set_cap(address, int(detail))
+            pool.fleet.set_cap(address, int(detail))
         elif name == "eject" and address in known and known[address].state is ServerState.READY:
             pool.set_state(known[address], ServerState.EJECTED, "the test says so")
 
@@ -199,7 +199,7 @@ class World:
 def check_bounds(engine: RemoteEngine, fleet: SimulatedFleet) -> None:
     """Invariant I4, seen from both sides."""
     for server in engine.pool.servers:
-        if engine.pool._is_known(server):
+        if engine.pool.fleet.is_known(server):
             assert engine.pool.outstanding(server) <= max(3, server.cap)
     for simulated in fleet:
         assert simulated.generations <= max(CAPS)

@@ -23,6 +23,7 @@ from arealtrio import (
     executor,
     groups,
     leases,
+    pausing,
     results,
     rollouts,
     servers,
@@ -336,7 +337,7 @@ BUGS = (
     Bug(
         "stay-paused",
         "every 5th server that was paused is not resumed",
-        lambda: [(servers.ServerPool, "_resume_last_held", _every(5, _nothing_async))],
+        lambda: [(pausing.Pausing, "_resume_last_held", _every(5, _nothing_async))],
         ("I9", "liveness", "calm"),
         quick=False,
     ),

@@ -206,7 +206,7 @@ async def test_a_chat_whose_server_fails_starts_anew(
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(run_long, engine, answers)
-        engine.pool.cut_off(engine.pool.named(await fleet.where(has_begun)))
+        engine.pool.named(await fleet.where(has_begun)).cut_off()
     (answer,) = answers
     prompt = rendered(chat(CAT), VOCAB_SIZE)
     assert answer.output_tokens.tolist() == greedy_answer(fleet.weights[1], prompt, 400)

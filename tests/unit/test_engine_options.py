@@ -96,7 +96,7 @@ async def test_a_session_whose_server_left_moves_without_a_spill(
 ) -> None:
     async with simulated(2, 10) as (engine, _):
         first = await engine.agenerate(session("a"))
-        engine.pool.remove(first.segments[0].server)
+        engine.pool.fleet.remove(first.segments[0].server)
         second = await engine.agenerate(session("a"))
         assert first.segments[0].server != second.segments[0].server
         assert affinity_of(engine) == (0, 0, 1)

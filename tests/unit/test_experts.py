@@ -191,7 +191,7 @@ async def test_a_generation_that_goes_on_elsewhere_has_them_all(
         url = await server_with(fleet, 5)
         fleet.servers[url].scheduler.abort()
         url = await server_with(fleet, 130)
-        engine.pool.cut_off(engine.pool.named(url))
+        engine.pool.named(url).cut_off()
     check_experts(answers[0])
     assert answers[0].output_len == 400
     totals = engine.totals()

@@ -399,7 +399,7 @@ async def test_generations_go_on_beside_a_server_that_answers_nonsense(
         ) as (engine, fleet),
         scripted_server(answer) as broken,
     ):
-        engine.pool.add(broken.url, cap=CAP)
+        engine.pool.fleet.add(broken.url, cap=CAP)
         await engine.pool.wait_ready(10)
         short = GREEDY.new(max_new_tokens=16)
         generations = Generations(engine, short)
@@ -440,9 +440,9 @@ async def test_servers_that_can_not_be_reached_are_added_beside_one_that_serves(
         two_servers(dialect, tmp_path, monkeypatch) as (engine, fleet),
         scripted_server(never, untrusted()) as stranger,
     ):
-        engine.pool.add("http://no-such-host.invalid:8000")
-        engine.pool.add("http://127.0.0.1:9")
-        engine.pool.add(stranger.url)
+        engine.pool.fleet.add("http://no-such-host.invalid:8000")
+        engine.pool.fleet.add("http://127.0.0.1:9")
+        engine.pool.fleet.add(stranger.url)
         generations = Generations(engine)
         await generations.run(CAP)
         check_exact(generations.answers, {0: fleet.weights[1]}, CAP)
@@ -460,6 +460,6 @@ async def test_a_server_is_in_the_pool_once_however_it_is_written(
 ) -> None:
     async with two_servers(dialect, tmp_path, monkeypatch) as (engine, fleet):
         with pytest.raises(UsageError, match="is in the pool, ready"):
-            engine.pool.add(fleet.urls[0] + "/")
+            engine.pool.fleet.add(fleet.urls[0] + "/")
         assert len(engine.pool.servers) == 2
         assert [row.cap for row in engine.statistics()] == [CAP, CAP]  # what each said it can run

@@ -79,12 +79,12 @@ async def test_a_straggler_moves_to_a_server_with_clearly_less_to_do_once(
     answers = Answers()
     async with joined([8, 8]) as (engine, _):
         late = engine.pool.servers[1]
-        engine.pool.set_cap(late.address, 0)
+        engine.pool.fleet.set_cap(late.address, 0)
         async with trio.open_nursery() as nursery:
             for number in range(8):
                 nursery.start_soon(answers.collect, engine, number)
             await trio.sleep(1.5 * 10 * TOKEN_TIME_S)  # in the second segment
-            engine.pool.set_cap(late.address, 8)
+            engine.pool.fleet.set_cap(late.address, 8)
         # From 8 and 0 to 6 and 2; one more would not find half of a cap between them.
         kept, moved = joints(engine)
         assert (kept + moved, moved) == (8 * 3, 2)
@@ -114,7 +114,7 @@ async def test_a_slot_that_a_lower_cap_takes_away_is_given_up_at_the_joint(
             for number in range(4):
                 nursery.start_soon(answers.collect, engine, number)
             await trio.sleep(5 * TOKEN_TIME_S)
-            engine.pool.set_cap(server.address, 1)
+            engine.pool.fleet.set_cap(server.address, 1)
             await trio.sleep(10 * TOKEN_TIME_S)  # they are through their first joint
             simulated.on_change = lambda s: most.append(s.generations)
         assert max(most) == 1
@@ -132,7 +132,7 @@ async def test_a_server_that_takes_nothing_now_is_left_at_the_joint(
             await trio.sleep(5 * TOKEN_TIME_S)
             (first,) = [s for s in engine.pool.servers if engine.pool.outstanding(s)]
             if how == "remove":
-                engine.pool.remove(first.address)
+                engine.pool.fleet.remove(first.address)
             elif how == "stale":
                 engine.pool.mark_stale(first, "the test says so")
             else:
@@ -144,7 +144,7 @@ async def test_a_server_that_takes_nothing_now_is_left_at_the_joint(
 
 
 async def pause_one(engine: RemoteEngine, server: Any) -> None:
-    async with engine.pool.paused("wait", [server]):
+    async with engine.pool.pausing.paused("wait", [server]):
         await trio.sleep(100 * TOKEN_TIME_S)
 
 
@@ -191,10 +191,10 @@ async def test_a_session_follows_an_answer_that_ended_elsewhere(
             await trio.sleep(5 * TOKEN_TIME_S)
             (first,) = [s for s in engine.pool.servers if engine.pool.outstanding(s)]
             if how == "moved":
-                engine.pool.set_cap(first.address, 1)  # it is full now, the other is empty
+                engine.pool.fleet.set_cap(first.address, 1)  # it is full now, the other is empty
             else:
-                engine.pool.cut_off(first)
-        engine.pool.set_cap(first.address, 4)
+                first.cut_off()
+        engine.pool.fleet.set_cap(first.address, 4)
         again = await turn(engine, "s")
         assert homes(again) != [first.address]
         totals = engine.totals()

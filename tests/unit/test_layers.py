@@ -37,9 +37,11 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("generation", "lora", "memory", "pressure", "provenance", "supervision"),
+    ("generation", "joining", "lora", "memory", "pressure", "provenance", "supervision"),
     ("servers",),
-    ("adapters", "experts", "leases"),
+    ("ejection", "pausing"),
+    ("fleet",),
+    ("adapters", "experts", "leases", "server"),
     ("ordering", "scheduling", "transport", "wire"),
     ("affinity", "lengths", "tally"),
 )
@@ -83,8 +85,9 @@ DOORS = {
     "starlette": "embedded",
     "trio": (  # the other rooms decide; they never wait
         "asyncio_workflow bridge cli demo controller executor rollouts rollout_engine lifetime "
-        "waiting engine weights supervision servers pressure leases transport reward workflow "
-        "embedded testing watch stall adapters lora memory simulate ledger recording containment"
+        "waiting engine weights supervision joining servers server fleet pausing pressure leases "
+        "transport reward workflow embedded testing watch stall adapters lora memory simulate "
+        "ledger recording containment"
     ),
     "trio_asyncio": "asyncio_workflow",
     "trio_parallel": "reward",

@@ -153,11 +153,11 @@ async def test_a_new_server_gets_the_base_weights_and_the_adapter(
 ) -> None:
     async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, seen):
         late = seen.urls[1]
-        engine.pool.remove(late)
+        engine.pool.fleet.remove(late)
         await update_weights(engine.pool, WeightUpdate.from_disk(seen.weights[2], 1))
         await update_weights(engine.pool, lora(tmp_path, 2))
         seen.forget()
-        engine.pool.add(late)
+        engine.pool.fleet.add(late)
         await engine.pool.wait_ready(5)
         base = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}[dialect]
         paths = seen.paths(late)

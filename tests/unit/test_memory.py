@@ -130,7 +130,7 @@ async def test_a_server_removed_while_it_sleeps_is_woken_and_goes_on(
     async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, seen):
         removed = seen.urls[1]
         async with engine.offloaded():
-            engine.pool.remove(removed)
+            engine.pool.fleet.remove(removed)
             await engine.onload(["weights"])
             assert engine.memory.is_lent
         assert not engine.memory.is_lent
@@ -223,14 +223,14 @@ async def test_a_server_that_is_out_of_service_is_named(
 ) -> None:
     async with observed_engine(tmp_path, monkeypatch, "vllm") as (engine, seen):
         late = seen.urls[1]
-        engine.pool.remove(late)
+        engine.pool.fleet.remove(late)
 
         async def refuse(url: str, _: HttpRequest) -> None:
             if url == late:
                 raise ConnectFailed("not there")
 
         seen.transport.hook = refuse
-        engine.pool.add(late)
+        engine.pool.fleet.add(late)
         async with engine.offloaded() as failed:
             assert list(failed) == [late]
             assert "joining" in failed[late]

@@ -357,10 +357,10 @@ async def test_the_smallest_limit_follows_servers_that_come_speak_and_go(
 
     monkeypatch.setattr(ServerPool, "send", models)
     pool = pool_of({A: 1})
-    assert pool.smallest("max_model_len") is None
+    assert pool.fleet.smallest("max_model_len") is None
     await pool.discover(server_of(pool, A))
-    assert pool.smallest("max_model_len") == 1000
-    await pool.discover(pool.add(B, 1))
-    assert pool.smallest("max_model_len") == 500
-    pool.remove(B)
-    assert pool.smallest("max_model_len") == 1000
+    assert pool.fleet.smallest("max_model_len") == 1000
+    await pool.discover(pool.fleet.add(B, 1))
+    assert pool.fleet.smallest("max_model_len") == 500
+    pool.fleet.remove(B)
+    assert pool.fleet.smallest("max_model_len") == 1000

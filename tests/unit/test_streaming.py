@@ -288,7 +288,7 @@ async def test_what_a_server_of_unknown_weights_had_streamed_is_dropped() -> Non
             ((address, _),) = transports[0].streams
             server = engines[0].pool.named(address)
             engines[0].pool.mark_stale(server, "it reports version 7, not 0")
-            engines[0].pool.cut_off(server)
+            server.cut_off()
             await trio.sleep_forever()
 
         return [*whole(question)[:2], be_found_out] if turn == 0 else whole(question)

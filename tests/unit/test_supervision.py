@@ -192,7 +192,7 @@ async def test_stale_servers_count_as_out_when_the_last_half_is_kept(
         await update_weights(pool, disk(1))
         third = pool.servers[2]
         for _ in range(10):
-            pool.failed(third, ServerError("storm", status=503))
+            pool.ejection.failed(third, ServerError("storm", status=503))
         assert third.state is ServerState.READY
 
 
@@ -300,9 +300,9 @@ async def test_one_failure_ends_a_trial(autojump_clock: Clock) -> None:
         pool, server = engine.pool, engine.pool.servers[0]
         error = ServerError("no", status=500)
         for _ in range(3):
-            pool.failed(server, error)
+            pool.ejection.failed(server, error)
         await until_states(engine, "ready", "ready")
-        pool.failed(server, error)
+        pool.ejection.failed(server, error)
         assert server.state is ServerState.EJECTED
         assert engine.statistics()[0].ejections == 2
 
@@ -313,9 +313,9 @@ async def test_what_succeeds_from_before_an_ejection_does_not_shorten_the_trial(
     async with faulty_engine() as (engine, _):
         pool, server = engine.pool, engine.pool.servers[0]
         for _ in range(3):
-            pool.failed(server, ServerError("no", status=500))
+            pool.ejection.failed(server, ServerError("no", status=500))
         for _ in range(5):
-            pool.succeeded(server)
+            pool.ejection.succeeded(server)
         assert (server.state, server.trial_cap) == (ServerState.EJECTED, 1)
 
 
@@ -323,8 +323,8 @@ async def test_a_new_cap_does_not_end_a_trial(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, _):
         pool, server = engine.pool, engine.pool.servers[0]
         for _ in range(3):
-            pool.failed(server, ServerError("no", status=500))
-        pool.set_cap(server.address, 4)
+            pool.ejection.failed(server, ServerError("no", status=500))
+        pool.fleet.set_cap(server.address, 4)
         assert (server.cap, server.trial_cap) == (4, 1)
 
 
@@ -613,7 +613,7 @@ async def test_a_rolling_update_passes_by_who_went_out_of_service_before_its_tur
             assert states(engine) == ["paused", "ready", "ready", "ready"]
             faulty.fleet.servers[1].die()
             engine.pool.set_state(engine.pool.servers[1], ServerState.EJECTED, "it died")
-            engine.pool.remove(removed)
+            engine.pool.fleet.remove(removed)
         assert results[0].updated == (first, last)
         assert results[0].failed == {}
         assert not [path for at, path in faulty.asked if at == removed and path != "/health"]
@@ -634,13 +634,13 @@ async def test_a_server_removed_while_it_loads_is_not_counted(autojump_clock: Cl
         async with trio.open_nursery() as nursery:
             nursery.start_soon(update)
             await trio.sleep(5)
-            engine.pool.remove(faulty.fleet.addresses[1])
+            engine.pool.fleet.remove(faulty.fleet.addresses[1])
         assert results[0].updated == faulty.fleet.addresses[:1]
 
 
 async def test_an_update_of_no_server_at_all_fails(autojump_clock: Clock) -> None:
     async with faulty_engine(servers=1) as (engine, faulty):
-        engine.pool.remove(faulty.fleet.addresses[0])
+        engine.pool.fleet.remove(faulty.fleet.addresses[0])
         with pytest.raises(WeightUpdateError, match="no server is in service"):
             await update_weights(engine.pool, WeightUpdate.label(1))
         assert engine.get_version() == 0
@@ -770,8 +770,10 @@ async def test_the_end_of_a_run_resumes_what_a_pause_still_holds(autojump_clock:
         async with open_engine(engine.config, transport=faulty) as other:
             scope = other.paused()
             await scope.__aenter__()
-            other.pool.remove(faulty.fleet.addresses[1])
-            await other.pool.freeze(other.pool.named(faulty.fleet.addresses[2]), "its weights")
+            other.pool.fleet.remove(faulty.fleet.addresses[1])
+            await other.pool.pausing.freeze(
+                other.pool.named(faulty.fleet.addresses[2]), "its weights"
+            )
             faulty.fleet.servers[3].hang()
             began = trio.current_time()
         assert trio.current_time() - began == pytest.approx(5.0)
@@ -855,7 +857,7 @@ async def test_a_server_is_added_while_rollouts_run_and_joins_when_it_is_up(
         await update_weights(engine.pool, disk(1))
         late = faulty.fleet.servers[1]
         late.die()  # it takes its time to start
-        engine.pool.add(late.address)
+        engine.pool.fleet.add(late.address)
         await trio.sleep(100)
         assert states(engine) == ["ready", "joining"]
         late.restart()
@@ -866,11 +868,11 @@ async def test_a_server_is_added_while_rollouts_run_and_joins_when_it_is_up(
         assert [row.outstanding for row in engine.statistics()] == [8, 8]
         assert engine.statistics()[1].version == 1
         with pytest.raises(UsageError, match="is in the pool, ready"):
-            engine.pool.add(late.address + "/")
+            engine.pool.fleet.add(late.address + "/")
         with pytest.raises(ConfigError):
-            engine.pool.add("not a url")
+            engine.pool.fleet.add("not a url")
         with pytest.raises(ConfigError):
-            engine.pool.add("http://another:1", cap=0)
+            engine.pool.fleet.add("http://another:1", cap=0)
 
 
 async def test_an_added_server_is_not_believed_to_have_weights_of_its_own_label(
@@ -879,7 +881,7 @@ async def test_an_added_server_is_not_believed_to_have_weights_of_its_own_label(
     async with faulty_engine(servers=2, named=1) as (engine, faulty):
         await update_weights(engine.pool, disk(1))
         faulty.fleet.servers[1].scheduler.set_version("1")  # of another run
-        engine.pool.add(faulty.fleet.addresses[1])
+        engine.pool.fleet.add(faulty.fleet.addresses[1])
         await until_states(engine, "ready", "ready")
         for _ in range(4):
             check_exact(await engine.agenerate(ModelRequest([3])))
@@ -895,7 +897,7 @@ async def test_a_removed_server_finishes_what_it_has_and_gets_no_more(
                 calls.append(Deferred(nursery, engine.agenerate, ModelRequest([token])))
             await trio.sleep(1)
             leaving = engine.pool.servers[0]
-            engine.pool.remove(leaving.address)
+            engine.pool.fleet.remove(leaving.address)
             assert states(engine) == ["draining", "ready"]
             asked = leaving.requests
             for token in range(8):
@@ -906,7 +908,7 @@ async def test_a_removed_server_finishes_what_it_has_and_gets_no_more(
         for call in calls:
             check_exact(call.value)
             assert len(call.value.segments) == 1
-        engine.pool.add(leaving.address)  # and may come again
+        engine.pool.fleet.add(leaving.address)  # and may come again
         await until_states(engine, "ready", "ready")
 
 
@@ -916,7 +918,7 @@ async def test_removing_a_paused_server_resumes_what_it_holds(autojump_clock: Cl
             calls = [Deferred(nursery, engine.agenerate, ModelRequest([t])) for t in range(4)]
             await trio.sleep(1)
             async with engine.paused():
-                engine.pool.remove(engine.pool.servers[0].address)
+                engine.pool.fleet.remove(engine.pool.servers[0].address)
         for call in calls:
             check_exact(call.value)
         assert states(engine) == ["ready"]
@@ -925,7 +927,7 @@ async def test_removing_a_paused_server_resumes_what_it_holds(autojump_clock: Cl
 async def test_a_pause_covers_a_server_that_is_leaving(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, faulty), traffic(engine, 4):
         await trio.sleep(1)
-        engine.pool.remove(engine.pool.servers[0].address)
+        engine.pool.fleet.remove(engine.pool.servers[0].address)
         async with engine.paused():
             assert [s.scheduler.pause_mode for s in faulty.fleet] == ["keep", "keep"]
         assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, None]
@@ -933,7 +935,7 @@ async def test_a_pause_covers_a_server_that_is_leaving(autojump_clock: Clock) ->
 
 async def test_the_last_server_removed_leaves_waiters_a_reason(autojump_clock: Clock) -> None:
     async with faulty_engine(servers=1, no_server_grace_s=5.0) as (engine, _):
-        engine.pool.remove(engine.pool.servers[0].address)
+        engine.pool.fleet.remove(engine.pool.servers[0].address)
         with pytest.raises(NoServerAvailable, match="there is none"):
             await engine.agenerate(ModelRequest([3]))
 
@@ -942,19 +944,19 @@ async def test_a_cap_changes_while_rollouts_run(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, faulty), traffic(engine):
         await settled()
         assert [row.outstanding for row in engine.statistics()] == [8, 8]
-        engine.pool.set_cap(faulty.fleet.addresses[0], 2)
-        engine.pool.set_cap(faulty.fleet.addresses[1], 10)
+        engine.pool.fleet.set_cap(faulty.fleet.addresses[0], 2)
+        engine.pool.fleet.set_cap(faulty.fleet.addresses[1], 10)
         await trio.sleep(5)
         assert [row.outstanding for row in engine.statistics()] == [2, 10]
-        engine.pool.set_cap(faulty.fleet.addresses[0], 0)
+        engine.pool.fleet.set_cap(faulty.fleet.addresses[0], 0)
         await trio.sleep(5)
         assert [row.outstanding for row in engine.statistics()] == [0, 10]
         for wrong in (-1, 1.5, True, 2**21):
             with pytest.raises(UsageError, match="a cap is an integer"):
-                engine.pool.set_cap(faulty.fleet.addresses[0], wrong)  # type: ignore[arg-type]
+                engine.pool.fleet.set_cap(faulty.fleet.addresses[0], wrong)  # type: ignore[arg-type]
         assert engine.statistics()[0].cap == 0
         with pytest.raises(UsageError, match="not in the pool"):
-            engine.pool.set_cap("http://nobody:1", 1)
+            engine.pool.fleet.set_cap("http://nobody:1", 1)
 
 
 async def test_a_cap_changes_no_probe_of_a_server_that_is_out(autojump_clock: Clock) -> None:
@@ -966,7 +968,7 @@ async def test_a_cap_changes_no_probe_of_a_server_that_is_out(autojump_clock: Cl
         probes = server.probes
         faulty.asked.clear()
         for cap in range(1, 11):
-            engine.pool.set_cap(server.address, cap)
+            engine.pool.fleet.set_cap(server.address, cap)
             await settled()
         assert not faulty.asked
         assert server.probes == probes
@@ -975,7 +977,7 @@ async def test_a_cap_changes_no_probe_of_a_server_that_is_out(autojump_clock: Cl
 async def test_a_look_that_a_pause_forbids_puts_no_server_off(autojump_clock: Clock) -> None:
     async with faulty_engine(servers=2, named=1) as (engine, faulty):
         async with engine.paused():
-            late = engine.pool.add(faulty.fleet.addresses[1])
+            late = engine.pool.fleet.add(faulty.fleet.addresses[1])
             await trio.sleep(100)
             assert late.probes == 0
             assert states(engine) == ["paused", "joining"]
@@ -985,10 +987,10 @@ async def test_a_look_that_a_pause_forbids_puts_no_server_off(autojump_clock: Cl
 
 async def test_wait_ready_waits_for_a_server_where_there_is_none(autojump_clock: Clock) -> None:
     async with faulty_engine(servers=1) as (engine, faulty):
-        engine.pool.remove(faulty.fleet.addresses[0])
+        engine.pool.fleet.remove(faulty.fleet.addresses[0])
         with pytest.raises(NoServerAvailable, match="there is no server"):
             await engine.pool.wait_ready(5.0)
-        engine.pool.add(faulty.fleet.addresses[0])
+        engine.pool.fleet.add(faulty.fleet.addresses[0])
         await engine.pool.wait_ready(5.0)
         assert states(engine) == ["ready"]
 
@@ -998,7 +1000,7 @@ async def test_wait_ready_names_what_is_not_and_ignores_what_is_leaving(
 ) -> None:
     async with faulty_engine(servers=3) as (engine, faulty), traffic(engine, 24):
         await settled()
-        engine.pool.remove(faulty.fleet.addresses[2])
+        engine.pool.fleet.remove(faulty.fleet.addresses[2])
         await engine.pool.wait_ready(1.0)
         faulty.fleet.servers[0].die()
         await until(engine, lambda: states(engine)[0] == "ejected")
@@ -1035,8 +1037,8 @@ def test_what_is_attached_is_given_up_when_its_server_is_cut_off() -> None:
         async with faulty_engine(servers=1) as (engine, _):
             server: Server = engine.pool.servers[0]
             try:
-                with engine.pool.attached(server):
-                    engine.pool.cut_off(server)
+                with server.attached():
+                    server.cut_off()
                     await trio.sleep_forever()
             except TransportError as exc:
                 assert not server.in_flight

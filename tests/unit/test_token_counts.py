@@ -52,7 +52,7 @@ def read_so_far(tokens: int) -> Any:
 
 async def cut_off(engine: RemoteEngine, fleet: Fleet, tokens: int) -> None:
     """End the connection of a generation that has so many tokens."""
-    engine.pool.cut_off(engine.pool.named(await fleet.where(read_so_far(tokens))))
+    engine.pool.named(await fleet.where(read_so_far(tokens))).cut_off()
 
 
 @EACH

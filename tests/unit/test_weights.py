@@ -255,7 +255,7 @@ async def test_a_label_brings_no_server_back_that_is_behind_though_it_is_sound(
 
 async def test_a_label_resumes_no_server_that_a_pause_holds(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, faulty):
-        await engine.pool.freeze(engine.pool.servers[1], "the test says so")
+        await engine.pool.pausing.freeze(engine.pool.servers[1], "the test says so")
         async with engine.paused():
             await update_weights(engine.pool, WeightUpdate.label(1))
             assert [s.scheduler.pause_mode for s in faulty.fleet] == ["keep", "keep"]

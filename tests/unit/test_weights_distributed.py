@@ -297,7 +297,7 @@ async def test_a_group_without_one_of_its_members_is_refused_unharmed(
 ) -> None:
     async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, seen):
         group = await init_weights_group(engine.pool, GROUP)
-        engine.pool.remove(seen.urls[1])
+        engine.pool.fleet.remove(seen.urls[1])
         with pytest.raises(WeightUpdateError, match="make another group"):
             await update_weights(engine.pool, update_of(group))
         assert states(engine) == ["ready"]

@@ -1,0 +1,56 @@
+"""The start of a run: every server is waited for, asked what it is, labelled, and taken in."""
+
+from __future__ import annotations
+
+import trio
+
+from .errors import NoServerAvailable, RolloutError, TransportError
+from .servers import Server, ServerPool, ServerState
+
+SETUP_INTERVAL_S = 0.25  # between two looks at a server that is not up yet
+
+
+async def join(pool: ServerPool) -> None:
+    """Wait until every server of a pool answers, learn what it is, label its weights, take it in.
+
+    Raises:
+        NoServerAvailable: If a server is not healthy within ``setup_timeout_s``, or answers
+            what no server of this dialect would; each is named, with what it last said.
+    """
+    last_words: dict[str, str] = {}
+    with trio.move_on_after(pool.config.setup_timeout_s) as scope:
+        async with trio.open_nursery() as nursery:
+            for server in pool.servers:
+                nursery.start_soon(_join_one, pool, server, last_words, nursery.cancel_scope)
+    missing = [s.address for s in pool.servers if s.state is ServerState.JOINING]
+    if missing:
+        words = "; ".join(f"{name}: {last_words.get(name, 'no answer')}" for name in missing)
+        limit = f" within setup_timeout_s={pool.config.setup_timeout_s:g}"
+        raise NoServerAvailable(f"not ready{limit if scope.cancelled_caught else ''}: {words}")
+
+
+async def _join_one(
+    pool: ServerPool,
+    server: Server,
+    last_words: dict[str, str],
+    all_of_them: trio.CancelScope,
+) -> None:
+    while True:  # a server is outside: it is asked at a named interval until it is up
+        try:
+            await pool.check_health(server)
+            await pool.discover(server)
+            server.version = pool.version
+            await pool.label(server, pool.version)
+            break
+        except RolloutError as exc:
+            last_words[server.address] = str(exc)
+            if not isinstance(exc, TransportError) and not _may_still_start(exc):
+                last_words[server.address] = f"not usable: {exc}"
+                all_of_them.cancel()
+        await trio.sleep(SETUP_INTERVAL_S)
+    pool.set_state(server, ServerState.READY)
+
+
+def _may_still_start(error: RolloutError) -> bool:
+    """Whether a server that answered so may yet become healthy: it says 503 while it loads."""
+    return getattr(error, "status", None) in (429, 502, 503, 504)
