@@ -443,11 +443,18 @@ def _logprobs_tempered(config: _VllmConfig) -> bool | None:
 
 
 def _has_route(probe: HttpResponse) -> bool:
-    """Whether a GET met a POST-only route; a page made for any path is no such route."""
+    """Whether a GET met a POST-only route.
+
+    Anything but vLLM's two answers is refused, not taken for a no: without the route the versions
+    of tokens would be beliefs from then on.
+    """
     if probe.status in (404, 405):
         return probe.status == 405
     check_status(probe, SERVER)
-    return False
+    raise ProtocolError(
+        f"expected 404 or 405 for a GET of {TOKEN_ROUTE} from {SERVER}, got {probe.status}; is "
+        "something between that answers for it?"
+    )
 
 
 def _segment_response(choice: Choice, columns: dict[str, Column]) -> SegmentResponse:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
+from arealtrio.errors import RolloutClosed
 from arealtrio.testing import SimulatedFleet, SimulatedServer
 
 from .history import History
@@ -43,7 +45,8 @@ class Chaos:
     def _apply(self, change: Change, nursery: trio.Nursery) -> None:
         server = self._fleet.servers[change.server]
         if change.what in MEMBERSHIP:
-            self._change_membership(change, server)
+            with suppress(RolloutClosed):  # the trainer of the moment is dying
+                self._change_membership(change, server)
         else:
             self._history.fault(f"{change.what} by plan", f"{change.what} {server.address}")
             nursery.start_soon(self._break, server, change)
