@@ -360,12 +360,17 @@ class RemoteEngine:
         arrived: StreamParser,
         error: RolloutError,
     ) -> None:
-        """Keep what a failed server had streamed, or note that it has to be made again."""
+        """Keep what a failed server had streamed, or note that it has to be made again.
+
+        Which weights made it is what the server had when it was asked. Its report, which comes with
+        the last token, did not come: a process that was started in between has other weights.
+        """
         if not arrived.count:
             return
         try:
             if self._may_keep(generation, lease.server, error):
                 self._take(generation, lease, segment, arrived.arrived())
+                generation.exact &= lease.adapter_version is not None
                 return
         except ProtocolError as exc:  # they do not fit what it has: older weights, too many
             error.add_note(f"what it had streamed was dropped: {exc}")

@@ -53,6 +53,8 @@ class Server:
         probes: Times it was looked at since it last proved itself; the interval grows with them.
         frozen: It was paused and not resumed: a server whose update failed must not generate.
         tainted: A load failed or was cut short, so its weights are not known.
+        loading: It has told no label since weights were sent to it. If it was restarted, nobody
+            knows whether before or after them.
         base_version: The weights of its base model, without adapters.
         asleep: The memory that it let go of, by the dialect's tags.
         held: Pause scopes that hold it now.
@@ -78,6 +80,7 @@ class Server:
     probes: int = 0
     frozen: bool = False
     tainted: bool = False
+    loading: bool = False
     base_version: int = 0
     asleep: set[str] = field(default_factory=set)
     held: int = 0
@@ -89,6 +92,11 @@ class Server:
     pause_lock: trio.Lock = field(default_factory=trio.Lock)  # pauses and resumes land in order
     restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
     in_flight: set[trio.CancelScope] = field(default_factory=set)
+
+    def tells_label(self, version: int | None) -> None:
+        """Note the label that it reports, if any, while nobody sends it weights."""
+        if version is not None:
+            self.label_seen, self.loading = True, False
 
     @property
     def allowed(self) -> int:

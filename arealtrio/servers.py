@@ -423,7 +423,7 @@ class ServerPool:
         limits = self.config.control_limits(self.config.control_timeout_s)
         answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
         self.fleet.learned(server, self.dialect.parse_discover(answers))
-        server.label_seen |= server.info.weight_version is not None
+        server.tells_label(server.info.weight_version)
         if server.state is ServerState.JOINING and not server.cap:
             server.cap = self._initial_cap(server)
 
@@ -462,6 +462,6 @@ class ServerPool:
         limits = self.config.control_limits(self.config.control_timeout_s)
         response = await self.send(server, self.dialect.weight_version(), limits)
         reported = self.dialect.parse_weight_version(response)
-        server.label_seen |= reported is not None
+        server.tells_label(reported)
         if reported != version:
             raise ProtocolError(f"it reports version {reported} after it was given {version}")

@@ -138,6 +138,7 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
     if recipe:
         server.labelled = pool.dialect.has_labels
         await pool.confirm(server, base_version)
+        server.loading = False
     server.base_version = base_version
     return base_version if recipe else server.info.weight_version
 
@@ -146,10 +147,12 @@ def _notice_restart(server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights.
 
     What it was sent before that was noticed is made by them, and of no use. One that was given
-    labels and never told one may be the same process still, and have whatever it was sent.
+    labels and never told one may be the same process still, and have whatever it was sent; so may
+    one that was restarted while it was sent weights.
     """
     if server.label_seen and server.info.weight_version is None:
-        server.labelled = server.label_seen = server.tainted = False
+        server.labelled = server.label_seen = False
+        server.tainted = server.loading
         server.cut_off()
 
 
@@ -199,6 +202,7 @@ async def _load(pool: ServerPool, server: Server, recipe: Sequence[HttpRequest])
     if not recipe:
         return
     await pool.pausing.halt(server, pool.config.control_timeout_s)
+    server.loading = True
     for request in recipe:
         await pool.control(server, request, pool.config.update_timeout_s)
 

@@ -307,7 +307,7 @@ class _Reception:
 
         async def receive(server: Server) -> None:
             assert self._update.group is not None
-            server.told = self._update.version
+            server.told, server.loading = self._update.version, adapter is None
             group = self._update.group.name
             for request in self._pool.dialect.receive(chunk, group, last=last, adapter=adapter):
                 await self._control(server, request)

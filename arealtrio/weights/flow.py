@@ -167,7 +167,7 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
         await pool.label(server, update.version)
         return
     await wake(pool, server, ("weights",))
-    server.told = update.version
+    server.told, server.loading = update.version, True
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)
     server.labelled = pool.dialect.has_labels

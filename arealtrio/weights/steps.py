@@ -38,7 +38,7 @@ def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     server.version = update.version
     if update.has_base:
         server.base_version = update.version
-    server.frozen = server.tainted = False
+    server.frozen = server.tainted = server.loading = False
     if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
         held = pool.pausing.is_held(server)
         pool.set_state(server, ServerState.PAUSED if held else ServerState.READY)

@@ -9,17 +9,26 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from arealtrio import RolloutConfig, WeightUpdate, WorkflowExecutor, open_executor
+from arealtrio import (
+    GenerationHyperparameters,
+    ModelRequest,
+    RolloutConfig,
+    WeightUpdate,
+    WorkflowExecutor,
+    open_executor,
+)
 from arealtrio.errors import StalenessBudgetExhausted, WeightUpdateError
 from arealtrio.testing import (
+    FixedLengths,
     ScriptedModel,
     SimulatedFleet,
     SimulatedServerSettings,
     checkpoint,
+    made_by,
     open_fleet,
     simulated_executor,
 )
-from arealtrio.types import Outcome
+from arealtrio.types import HttpRequest, Outcome
 
 from ..unit.puppet import Instant, prompts
 
@@ -41,6 +50,7 @@ async def test_a_result_that_nobody_takes_in_time_gives_its_budget_back(
         assert (counts["accepted"], counts["expired"]) == (1, 1)
 
 
+MANY = GenerationHyperparameters(max_new_tokens=100)
 LOADS_FOR_3_S = (SimulatedServerSettings(load_time_s=3.0),) * 2
 
 
@@ -136,3 +146,52 @@ async def test_a_server_that_took_no_label_is_not_taken_for_one_that_was_restart
         assert executor.engine.pool.in_service == ()
         await executor.update_weights(to(2))
         await check_weights(executor, fleet, 2)
+
+
+async def test_a_server_that_restarts_between_label_and_load_is_not_taken_for_a_fresh_one(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load met the new process, which then went by the name of the weights it began with."""
+    async with simulated_executor(servers=1) as (executor, fleet):
+        (server,), carry, pool = fleet.servers, fleet.request, executor.engine.pool
+        await pool.confirm(*pool.servers, version=0)  # it has told its label
+
+        async def request(address: str, request: HttpRequest, *args: Any, **how: Any) -> Any:
+            if request.path == "/collective_rpc" and server.scheduler.weight_version == "1":
+                server.restart()
+            return await carry(address, request, *args, **how)
+
+        monkeypatch.setattr(fleet, "request", request)
+        with pytest.raises(WeightUpdateError, match="reports version None"):
+            await executor.update_weights(to(1))
+        monkeypatch.undo()
+        assert server.scheduler.model.version == 1  # type: ignore[attr-defined]
+        assert server.scheduler.weight_version == "default"
+        await trio.sleep(60.0)
+        assert executor.engine.pool.in_service == ()
+        await executor.update_weights(to(2))
+        await check_weights(executor, fleet, 2)
+
+
+async def test_tokens_of_a_stream_that_broke_off_before_its_report_are_not_vouched_for(
+    autojump_clock: MockClock,
+) -> None:
+    """The server had been restarted since its label was read, and was again before its report."""
+    settings = (SimulatedServerSettings(load_time_s=1.0, token_time_s=1.0),)
+    async with simulated_executor(
+        servers=settings, lengths=FixedLengths(8), streaming=True, probe_interval_max_s=1.0
+    ) as (executor, fleet):
+        (server,) = fleet
+        await executor.update_weights(to(2))
+        server.restart()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate_unvouched, executor)
+            await trio.sleep(4.5)
+            server.restart()
+
+
+async def generate_unvouched(executor: WorkflowExecutor) -> None:
+    answer = await executor.engine.agenerate(ModelRequest([1, 2], MANY))
+    assert answer.output_versions.tolist() == [2] * 8
+    assert [made_by(float(logprob)) for logprob in answer.output_logprobs] != [2] * 8
+    assert not answer.versions_exact

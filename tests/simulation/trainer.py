@@ -242,6 +242,7 @@ class Trainer:
         while await self._next_batch(loader, 1) is not None:
             pass
         self.history.check(hold.i7_none_lost, watch.undelivered())
+        self.history.check(watch.all_came)
         self.history.check(hold.i1_all_settled, executor.counts.as_dict())
 
     async def _next_batch(self, loader: Loader, prompts: int) -> Batch | None:

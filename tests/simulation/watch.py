@@ -212,6 +212,11 @@ class Watch:
             elif state in ("delivered", "discarded", None):
                 hold.violated("I7", f"{result.task_id} is reported as failed, and was {state}")
 
+    def all_came(self) -> None:
+        """Nobody takes anything any more."""
+        counted = self.executor.staleness_violations
+        hold.i6_violations_are_counted(counted, self.overdue, at_the_end=True)
+
     # --- at every step -------------------------------------------------------------------------
 
     def look(self) -> None:
