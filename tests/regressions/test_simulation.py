@@ -154,7 +154,7 @@ async def test_a_server_that_restarts_between_label_and_load_is_not_taken_for_a_
     """The load met the new process, which then went by the name of the weights it began with."""
     async with simulated_executor(servers=1) as (executor, fleet):
         (server,), carry, pool = fleet.servers, fleet.request, executor.engine.pool
-        await pool.confirm(*pool.servers, version=0)  # it has told its label
+        await pool.confirm(pool.servers[0], 0)  # it has told its label
 
         async def request(address: str, request: HttpRequest, *args: Any, **how: Any) -> Any:
             if request.path == "/collective_rpc" and server.scheduler.weight_version == "1":
