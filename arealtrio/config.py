@@ -110,7 +110,8 @@ class RolloutConfig:
         connect_timeout_s: Name resolution, TCP and TLS.
         control_timeout_s: One request that pauses or resumes a server.
         update_timeout_s: One request that loads weights.
-        abort_timeout_s: One request that aborts another; nothing waits longer for it.
+        abort_timeout_s: One request that aborts another; nothing waits longer for it, and for half
+            a second at most once the run closes.
         health_timeout_s: One health check. SGLang's takes a second when idle.
         health_interval_s: Between two health checks of a serving server.
         eject_after_failures: Requests and health checks in a row that eject a server. One that

@@ -461,9 +461,7 @@ class RemoteEngine:
         request = self.pool.dialect.abort(
             segment.request_id, lease.server.info, chat=bool(segment.messages)
         )
-        with trio.CancelScope(
-            deadline=trio.current_time() + self.config.abort_timeout_s, shield=True
-        ):
+        with self.pool.brief.bounded(shield=True):
             try:
                 await self.pool.control(lease.server, request, self.config.abort_timeout_s)
             except RolloutError:

@@ -13,6 +13,7 @@ from .errors import RolloutError
 from .fleet import Fleet
 from .server import IN_SERVICE, OUT_OF_ORDER, Server, ServerState
 from .types import HttpRequest, PauseMode
+from .waiting import BriefWaits
 from .wire.dialect import Dialect
 
 Ts = TypeVarTuple("Ts")
@@ -29,15 +30,22 @@ class Pausing:
         fleet: The servers.
         control: Sends a server one control request, to be answered in so many seconds; raises
             RolloutError where it was refused, or not answered in time.
+        brief: Bounds what is asked of a server that may be out of order.
     """
 
     def __init__(
-        self, config: RolloutConfig, dialect: Dialect, fleet: Fleet, control: Control
+        self,
+        config: RolloutConfig,
+        dialect: Dialect,
+        fleet: Fleet,
+        control: Control,
+        brief: BriefWaits,
     ) -> None:
         self._config = config
         self._dialect = dialect
         self._fleet = fleet
         self._control = control
+        self._brief = brief
         self._pauses = 0  # scopes that hold the whole pool
         self._held: set[Server] = set()  # for the end of a scope to resume; removed ones, too
 
@@ -198,9 +206,8 @@ class Pausing:
         """
         server.frozen = server.tainted = True
         self._fleet.mark_stale(server, reason)
-        limit_s = self._config.abort_timeout_s
-        with trio.move_on_after(limit_s), suppress(RolloutError):
-            await self.halt(server, limit_s)
+        with self._brief.bounded(), suppress(RolloutError):
+            await self.halt(server, self._config.abort_timeout_s)
             return
         server.cut_off()
 

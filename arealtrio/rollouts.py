@@ -312,6 +312,7 @@ class RolloutNursery:
         if self._closed:
             return  # each rollout that the end of the run cancels comes by here
         self._closed = True
+        self.engine.pool.brief.hurry()
         self._waiting.end(_closed_error)  # first: what is cancelled below is no result to wait for
         for group in list(self._live.values()):
             self._cancel(group)

@@ -28,6 +28,7 @@ from .scheduling import CAP_MAX, DEFAULT_MAX_CONCURRENT_PER_SERVER, SchedulePoli
 from .server import IN_SERVICE, LEAVING, OUT_OF_ORDER, Server, ServerState, ServerStatistics
 from .transport import StreamedResponse, Transport
 from .types import HttpRequest, HttpResponse, TimeLimits
+from .waiting import BriefWaits
 from .wire.dialect import Dialect, ServerLoad
 
 __all__ = [
@@ -123,6 +124,7 @@ class ServerPool:
         fleet: The servers, who is in service, and their caps.
         ejection: Judges the servers by what they fail.
         pausing: Holds servers from generating.
+        brief: Bounds what is asked of a server that may be out of order.
     """
 
     def __init__(
@@ -147,7 +149,8 @@ class ServerPool:
         self.fleet = Fleet(config.servers, self._leases)
         self._servers = self.fleet.by_address
         self.ejection = Ejection(config, self.fleet, self._leases)
-        self.pausing = Pausing(config, dialect, self.fleet, self.control)
+        self.brief = BriefWaits(config.abort_timeout_s)
+        self.pausing = Pausing(config, dialect, self.fleet, self.control, self.brief)
         self._newest_told = 0
         self._abandoned = 0  # the newest version that the pool went back from
         self._lowest = 0  # no server in service is older

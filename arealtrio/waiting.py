@@ -129,6 +129,44 @@ def crash_of(
     return RolloutCrashed(f"the rollout side died: {ours.exceptions[0]!r}")
 
 
+class BriefWaits:
+    """Waits for servers that may never answer, each bounded, and all of them less at the end.
+
+    What is waited for is no more than a confirmation: the request was sent, and its connection
+    closes. So a server that hangs must not hold up what closes, least of all Ctrl-C.
+
+    Args:
+        limit_s: Of each.
+    """
+
+    CLOSING_S = 0.5
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._scopes: set[trio.CancelScope] = set()
+
+    @contextmanager
+    def bounded(self, *, shield: bool = False) -> Iterator[None]:
+        """Leave the block when the time has passed.
+
+        Args:
+            shield: Whether it goes on under cancellation until then.
+        """
+        with trio.move_on_after(self.limit_s, shield=shield) as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+    def hurry(self) -> None:
+        """Everything closes: from now on wait for ``CLOSING_S`` at most, those who wait too."""
+        self.limit_s = min(self.limit_s, self.CLOSING_S)
+        soon = trio.current_time() + self.limit_s
+        for scope in self._scopes:
+            scope.deadline = min(scope.deadline, soon)
+
+
 @contextmanager
 def time_limit(timeout_s: float | None, words: Callable[[], str]) -> Iterator[None]:
     """Raise TimeoutError, with ``words()`` of how far it came, when ``timeout_s`` passes.

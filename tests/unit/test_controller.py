@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -241,6 +243,35 @@ def test_three_threads_steal_nothing_from_each_other() -> None:
         taken = [r.task_id for call in by_count for r in call.result()]
         assert sorted(taken) == sorted(others)
         assert len(evaluated.result()) == 10
+
+
+def test_three_threads_that_wait_at_once_each_get_their_own() -> None:
+    """One waits for any, one for tasks by name, one for evaluation, while rollouts end."""
+    with controller(consumer_batch_size=64, straggler_policy="keep") as rollout:
+        puppet = Puppet()
+        for i in range(30):
+            rollout.submit({"prompt_id": f"t{i}"}, puppet, task_id=f"t{i}")
+        for i in range(10):
+            rollout.submit({"prompt_id": f"e{i}"}, puppet, task_id=f"e{i}", is_eval=True)
+        mine = [f"t{i}" for i in range(0, 30, 3)]
+        by_name = [Background(partial(rollout.wait_for_task, name, SOON_S)) for name in mine]
+        until_waiting(rollout, len(mine))  # what they wait for is nobody else's
+        any_of = Background(lambda: [rollout.wait(5, SOON_S) for _ in range(4)])
+        evaluated = Background(lambda: rollout.wait(10, SOON_S, is_eval=True))
+        until_waiting(rollout, len(mine) + 2)
+
+        async def end() -> None:
+            for i in random.Random(5).sample(range(40), 40):
+                puppet.end(f"t{i}" if i < 30 else f"e{i - 30}")
+                await trio.testing.wait_all_tasks_blocked()
+
+        on_trio_side(rollout, end)
+        assert [call.result().task_id for call in by_name] == mine
+        taken = [result.task_id for results in any_of.result() for result in results]
+        assert sorted(taken) == sorted({f"t{i}" for i in range(30)} - set(mine))
+        assert sorted(r.task_id for r in evaluated.result()) == [f"e{i}" for i in range(10)]
+        with pytest.raises(UsageError, match="would never end"):
+            rollout.wait(1)
 
 
 # --- starting and closing ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from arealtrio.errors import RolloutCrashed
-from arealtrio.waiting import WaitList, background, crash_of, time_limit
+from arealtrio.waiting import BriefWaits, WaitList, background, crash_of, time_limit
 
 from .puppet import Deferred, settled
 
@@ -151,6 +151,29 @@ async def test_a_time_limit_says_how_far_it_came(autojump_clock: Clock) -> None:
         await trio.sleep(2)
     with time_limit(None, lambda: pytest.fail("asked")):
         await trio.sleep(2000)
+
+
+async def test_a_brief_wait_is_bounded_and_all_are_briefer_once_it_hurries(
+    autojump_clock: Clock,
+) -> None:
+    brief = BriefWaits(2.0)
+    ends: list[float] = []
+
+    async def wait() -> None:
+        with brief.bounded(shield=True):
+            await trio.sleep_forever()
+        ends.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.sleep(1)
+        nursery.start_soon(wait)
+        await trio.sleep(1.25)
+        nursery.cancel_scope.cancel()
+        brief.hurry()
+        nursery.start_soon(wait)
+    assert ends == [2.0, 2.75, 2.75]
+    assert brief.limit_s == BriefWaits.CLOSING_S
 
 
 async def test_background_ends_with_its_block_and_an_error_leaves_as_itself() -> None:
