@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,8 @@ def lines(seeds: Iterable[int], jobs: int) -> Iterator[Line]:
     if jobs == 1:
         yield from map(line_of, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap_unordered(line_of, seeds, chunksize=4)
 
 
@@ -125,11 +127,15 @@ def main(seeds: int, start: int, jobs: int, keep_going: bool, planted: bool) -> 
     if planted:
         return _search(start, seeds)
     began, summary = time.perf_counter(), Summary()
-    for line in lines(range(start, start + seeds), jobs):
-        summary.add(line)
-        if line.report:
-            click.echo(line.report + "\n")
-            if not keep_going:
-                break
+    status = 0
+    try:
+        for line in lines(range(start, start + seeds), jobs):
+            summary.add(line)
+            if line.report:
+                click.echo(line.report + "\n")
+                if not keep_going:
+                    break
+    except KeyboardInterrupt:  # say what there is
+        status = 130
     click.echo(summary.text(time.perf_counter() - began))
-    return 1 if summary.violations else 0
+    return 1 if summary.violations else status
