@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +75,8 @@ class Overhearing(HttpTransport):
     def __init__(self) -> None:
         super().__init__()
         self.heard: dict[str, list[Heard]] = {}  # rid -> its streams, in order
+        self.unread: str | None = None  # a server of which no stream is read on, once it has begun
+        self.read_on = trio.Event()
         self._changed = trio.Event()
 
     @asynccontextmanager
@@ -85,11 +87,13 @@ class Overhearing(HttpTransport):
         mine = Heard(base_url)
         self.heard.setdefault(rid, []).append(mine)
         async with super().stream(base_url, request, *args, **kwargs) as response:
-            yield _Passing(response, mine, self._notify)
+            yield _Passing(response, mine, self._pass_on)
 
-    def _notify(self) -> None:
+    async def _pass_on(self, mine: Heard) -> None:
         self._changed.set()
         self._changed = trio.Event()
+        if mine.server == self.unread and len(mine.tokens) >= TOKENS_BEFORE:
+            await self.read_on.wait()
 
     async def until(self, holds: Callable[[], bool], limit_s: float = 60.0) -> None:
         """Return in the turn in which ``holds()`` of what was heard."""
@@ -105,14 +109,16 @@ class Overhearing(HttpTransport):
 class _Passing:
     """A streamed response that lets somebody listen."""
 
-    def __init__(self, response: Any, heard: Heard, notify: Callable[[], None]) -> None:
+    def __init__(
+        self, response: Any, heard: Heard, pass_on: Callable[[Heard], Awaitable[None]]
+    ) -> None:
         self.status, self.headers = response.status, response.headers
-        self._response, self._heard, self._notify = response, heard, notify
+        self._response, self._heard, self._pass_on = response, heard, pass_on
 
     async def chunks(self) -> AsyncIterator[bytes]:
         async for piece in self._response.chunks():
             self._heard.hear(piece)
-            self._notify()
+            await self._pass_on(self._heard)
             yield piece
 
 
@@ -176,10 +182,12 @@ async def test_a_server_killed_in_mid_stream_costs_no_token_that_came(
     victim, survivor = vllm_servers
     answers = Answers()
     async with overheard(vllm_servers) as (engine, transport):
+        transport.unread = victim.url  # so that its end can not be here before it is killed
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answers.collect, engine, 2 * STREAMS)
             await transport.until(lambda: begun(transport.of(victim.url)) == STREAMS)
             victim.kill()
+            transport.read_on.set()
         check_whole(answers, transport, 2 * STREAMS)
         hit = [answer for answer in answers.values() if len(answer.segments) > 1]
         assert len(hit) == STREAMS

@@ -17,10 +17,14 @@ DIALECT = VllmDialect()
 LIMITS = TimeLimits.of(60.0)
 
 
+def reload(server: VllmServer, model: str) -> HttpRequest:
+    requests = DIALECT.load_weights(str(server.models / model), 1)
+    return next(request for request in requests if b"reload_weights" in request.body)
+
+
 async def test_the_connection_that_a_500_closed_is_not_used_again(vllm_server: VllmServer) -> None:
     """After a 500 vLLM closes its side without saying so; the next request would meet a reset."""
-    bad, *_ = DIALECT.load_weights(str(vllm_server.models / "no-such-model"), 1)
-    good, *_ = DIALECT.load_weights(str(vllm_server.models / "tiny-1"), 1)
+    bad, good = (reload(vllm_server, name) for name in ("no-such-model", "tiny-1"))
     async with HttpTransport() as transport:
 
         async def control(request: HttpRequest) -> None:
