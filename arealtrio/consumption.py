@@ -45,7 +45,7 @@ class Consumption:
         self.violations -= sum(is_older(group, oldest) for group in groups)
 
     def take_places(self, count: int) -> None:
-        """Places of a batch leave, or are given up, that were charged for when they were taken."""
+        """Places leave without a group: charged for when they were taken, or thrown away."""
         self.groups += count
 
     def charge_place(self) -> None:

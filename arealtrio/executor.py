@@ -285,9 +285,9 @@ class WorkflowExecutor(ServerFace):
         except BaseException:
             for group in groups:
                 self._cancel(group)
-            # What this call throws away is no debt of the batches to come.
-            unwanted = [result.group for result in settled.values() if result.group is not None]
-            self._consumption.take(unwanted, self._oldest())
+            # What this call throws away is no debt of the batches to come, nor was it delivered.
+            unwanted = sum(result.group is not None for result in settled.values())
+            self._consumption.take_places(unwanted)
             raise
         accepted = tuple(result.group for result in results if result.group is not None)
         failures = tuple(result for result in results if result.group is None)

@@ -30,7 +30,7 @@ from arealtrio.testing import (
 )
 from arealtrio.types import HttpRequest, Outcome
 
-from ..unit.puppet import Instant, prompts
+from ..unit.puppet import Instant, Puppet, prompts
 
 
 async def test_a_result_that_nobody_takes_in_time_gives_its_budget_back(
@@ -195,3 +195,21 @@ async def generate_unvouched(executor: WorkflowExecutor) -> None:
     assert answer.output_versions.tolist() == [2] * 8
     assert [made_by(float(logprob)) for logprob in answer.output_logprobs] != [2] * 8
     assert not answer.versions_exact
+
+
+async def test_what_a_call_throws_away_was_not_delivered_too_late(
+    autojump_clock: MockClock,
+) -> None:
+    """Nobody got it, so it is no violation; it was counted as one when the call was cancelled."""
+    limits = {"consumer_batch_size": 2, "straggler_policy": "keep"}
+    async with simulated_executor(servers=1, **limits) as (executor, _):
+        workflow = Puppet()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.rollout_batch, [{"prompt_id": n} for n in "ab"], workflow)
+            await trio.testing.wait_all_tasks_blocked()
+            workflow.end("a")
+            await trio.testing.wait_all_tasks_blocked()
+            await executor.set_version(1)
+            nursery.cancel_scope.cancel()
+        assert executor.counts.as_dict()["accepted"] == 1
+        assert executor.staleness_violations == 0
