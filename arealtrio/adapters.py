@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import trio
+
+_NO_ADAPTER = nullcontext("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,17 @@ class Adapters:
             self._retired.append(old)
             self._notify()
 
-    @contextmanager
-    def using(self, name: str) -> Iterator[str]:
-        """Keep the current version of an adapter loaded for the length of the block.
+    def using(self, name: str) -> AbstractContextManager[str]:
+        """Keep the current version of an adapter loaded for the length of a ``with`` block.
 
-        Yields:
-            The name to ask for; ``name`` itself where no update brought it: then it is one that
-            the server was started with.
+        Returns:
+            What yields the name to ask for; ``name`` itself where no update brought it: then it is
+            one that the server was started with.
         """
+        return self._using(name) if name else _NO_ADAPTER
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[str]:
         adapter = self._current.get(name)
         served_name = adapter.served_name if adapter else name
         self._in_use[served_name] += 1

@@ -147,7 +147,7 @@ class BatchAssembly:
         if self._recording is not None:
             self._recording.returned(batch)
         for group in batch.groups:
-            self._stream.places.put(group)
+            self._stream.put(group)
         self._stream.tell_again(batch)
         self._consumption.take_back(batch.groups, batch.version - self._config.max_staleness)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import TypeAlias
 
 from .delivery import DeliveryQueue, PermitOrder
@@ -56,6 +57,7 @@ class BatchStream:
         self.rejections = RejectionBudget(max_rejections)
         self.dynamic = False
         self.rejected = 0  # places that rejected groups have
+        self._oldest = inf  # no group that waits holds an older token
         self._size = size
         self._charge = charge
         self._tasks: dict[str, GroupTask] = {}  # of what is accepted: it may be queued again
@@ -71,7 +73,7 @@ class BatchStream:
         self.rejections.record(result.outcome)
         if result.group is not None:
             self._tasks[result.task_id] = task
-            self.places.put(result.group)
+            self.put(result.group)
         elif result.outcome is not Outcome.CANCELLED:
             self.failed(result)
             self._count_rejected(result)
@@ -79,7 +81,12 @@ class BatchStream:
     def restore(self, task: GroupTask, group: Group) -> None:
         """A group waits for its batch that settled before a restart, as that task."""
         self._tasks[group.task_id] = task
+        self.put(group)
+
+    def put(self, group: Group) -> None:
+        """Let a group wait for its batch; or again, for the next, where nobody got its batch."""
         self.places.put(group)
+        self._oldest = min(self._oldest, _age(group))
 
     def _count_rejected(self, result: RolloutResult) -> None:
         """Let a rejected group take a place of a dynamic batch, but for the last one.
@@ -133,10 +140,14 @@ class BatchStream:
         Returns:
             The highest number first. A group that was given back has no task any more.
         """
+        if self._oldest >= oldest:  # nearly always: versions advance once a batch
+            return []
         old = self.places.take_where(
             lambda entry: isinstance(entry, Group) and is_older(entry, oldest)
         )
         groups = [entry for entry in reversed(old) if isinstance(entry, Group)]
+        waiting = [_age(entry) for entry in self.places if isinstance(entry, Group)]
+        self._oldest = min(waiting, default=inf)
         return [(group, self._tasks.pop(group.task_id, None)) for group in groups]
 
     def failed(self, result: RolloutResult) -> None:
@@ -177,3 +188,8 @@ class BatchStream:
                 f"the last one are under way and {waiting} wait to be delivered; "
                 "read the last one to its end first"
             )
+
+
+def _age(group: Group) -> float:
+    """The version of its oldest token; infinite where nothing was generated."""
+    return inf if group.head_version is None else group.head_version

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import inf
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
@@ -84,6 +84,9 @@ class DeliveryQueue(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._entries)
 
     @property
     def ready(self) -> int:

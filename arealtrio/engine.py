@@ -8,7 +8,7 @@ told to abort gives back what it has, and the loop goes on from there.
 from __future__ import annotations
 
 import dataclasses
-import uuid
+import secrets
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -190,7 +190,7 @@ class RemoteEngine:
         if gconfig.return_routed_experts:
             self._check_experts()
         budget = self._budget(len(prompt), gconfig)
-        return Generation(request, request.rid or uuid.uuid4().hex, budget, origin, session)
+        return Generation(request, request.rid or secrets.token_hex(16), budget, origin, session)
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.fleet.smallest("vocab_size")

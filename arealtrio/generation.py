@@ -162,7 +162,7 @@ class Generation:
                 f"where at most {asked} were asked for"
             )
         floor = self.lowest_admissible_version
-        if count and (int(versions[0]) < floor or bool(np.any(np.diff(versions) < 0))):
+        if count and (versions[0] < floor or bool((versions[1:] < versions[:-1]).any())):
             raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
         if count and self.experts is not None:
             read = segment.token_ids if answer.prompt_ids is None else answer.prompt_ids

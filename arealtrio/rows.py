@@ -96,9 +96,8 @@ class RowBuilder:
 
     def __init__(self) -> None:
         self._ids: list[Int32Array] = []
-        self._masks: list[Int32Array] = []
-        self._logprobs: list[Float32Array] = []
-        self._versions: list[Int32Array] = []
+        # What a model made, and where it is in the row; everything else is masked.
+        self._made: list[tuple[slice, Float32Array, Int32Array]] = []
         self._experts: list[IntegerArray] = []  # of the first tokens, as far as they were told
         self._length = 0
         self._exact = True
@@ -121,13 +120,7 @@ class RowBuilder:
         Raises:
             InvalidRequest: If they are no token ids.
         """
-        ids = as_token_ids(token_ids, "prompt tokens")
-        self._append(
-            ids,
-            np.zeros(len(ids), dtype=np.int32),
-            np.zeros(len(ids), dtype=np.float32),
-            np.full(len(ids), PROMPT_VERSION, dtype=np.int32),
-        )
+        self._append(as_token_ids(token_ids, "prompt tokens"))
         return self
 
     def append_response(self, response: ModelResponse) -> Self:
@@ -144,12 +137,10 @@ class RowBuilder:
         self._check(response)
         if not self._length:
             self.append_prompt(response.input_tokens)
-        self._append(
-            response.output_tokens,
-            np.ones(response.output_len, dtype=np.int32),
-            response.output_logprobs,
-            response.output_versions,
-        )
+        start = self._length
+        self._append(response.output_tokens)
+        where = slice(start, self._length)
+        self._made.append((where, response.output_logprobs, response.output_versions))
         self._exact = self._exact and response.versions_exact
         self._append_experts(response.routed_experts)
         return self
@@ -178,11 +169,18 @@ class RowBuilder:
         """
         if not self._length:
             raise WorkflowError("a row needs at least one token: append a prompt or a response")
+        loss_mask = np.zeros(self._length, dtype=np.int32)
+        logprobs = np.zeros(self._length, dtype=np.float32)
+        versions = np.full(self._length, PROMPT_VERSION, dtype=np.int32)
+        for where, made_logprobs, made_versions in self._made:
+            loss_mask[where] = 1
+            logprobs[where] = made_logprobs
+            versions[where] = made_versions
         row = Trajectory(
             input_ids=self.input_ids,
-            loss_mask=np.concatenate(self._masks),
-            logprobs=np.concatenate(self._logprobs),
-            versions=np.concatenate(self._versions),
+            loss_mask=loss_mask,
+            logprobs=logprobs,
+            versions=versions,
             reward=as_reward(reward),
             versions_exact=self._exact,
             extras={**self._experts_extra(), **(extras or {})},
@@ -198,12 +196,8 @@ class RowBuilder:
         return {"routed_experts": whole}
 
     def _check(self, response: ModelResponse) -> None:
-        lengths = {
-            len(response.output_tokens),
-            len(response.output_logprobs),
-            len(response.output_versions),
-        }
-        if len(lengths) != 1:
+        length = len(response.output_tokens)
+        if length != len(response.output_logprobs) or length != len(response.output_versions):
             raise WorkflowError("the response's tokens, logprobs and versions differ in length")
         if self._length and not np.array_equal(response.input_tokens, self.input_ids):
             raise WorkflowError(
@@ -211,13 +205,8 @@ class RowBuilder:
                 f"row's {self._length}: send the builder's input_ids as the request's"
             )
 
-    def _append(
-        self, ids: Int32Array, mask: Int32Array, logprobs: Float32Array, versions: Int32Array
-    ) -> None:
+    def _append(self, ids: Int32Array) -> None:
         self._ids.append(ids)
-        self._masks.append(mask)
-        self._logprobs.append(logprobs)
-        self._versions.append(versions)
         self._length += len(ids)
 
 

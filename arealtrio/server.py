@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import trio
 
@@ -104,26 +103,46 @@ class Server:
         caps = (self.cap, self.trial_cap, self.pressure_cap)
         return min(cap for cap in caps if cap is not None)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Wait for an answer of the server within, no longer than it is worth waiting for.
-
-        Raises:
-            TransportError: If the server was cut off meanwhile; the wait is cancelled.
-        """
-        with trio.CancelScope() as scope:
-            self.in_flight.add(scope)
-            try:
-                yield
-            finally:
-                self.in_flight.discard(scope)
-        if scope.cancelled_caught:
-            raise TransportError(f"{self.address} was given up: {self.reason}")
+    def attached(self) -> Attachment:
+        """Wait for an answer of the server in a ``with`` block. See ``Attachment``."""
+        return Attachment(self)
 
     def cut_off(self) -> None:
         """End every wait for an answer of it: what it would answer is of no use any more."""
         for scope in tuple(self.in_flight):
             scope.cancel()
+
+
+class Attachment:
+    """A wait for an answer of a server, which lasts no longer than it is worth waiting for.
+
+    A class and not a generator, because every request has one.
+
+    Raises:
+        TransportError: On leaving it, if the server was cut off meanwhile; the wait is cancelled.
+    """
+
+    __slots__ = ("_scope", "_server")
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> None:
+        self._server.in_flight.add(self._scope)
+        self._scope.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self._server.in_flight.discard(self._scope)
+        caught = self._scope.__exit__(kind, error, traceback)
+        if self._scope.cancelled_caught:
+            raise TransportError(f"{self._server.address} was given up: {self._server.reason}")
+        return bool(caught)
 
 
 @dataclass(frozen=True, slots=True)

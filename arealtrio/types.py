@@ -51,7 +51,7 @@ def as_token_ids(value: TokenIds, what: str = "input_ids") -> Int32Array:
             f"{what} must be a one-dimensional vector of integers, "
             f"not {ids.ndim}-dimensional {ids.dtype}"
         )
-    if int(ids.min()) < 0 or int(ids.max()) > INT32_MAX:
+    if np.minimum.reduce(ids) < 0 or (ids.dtype != np.int32 and int(ids.max()) > INT32_MAX):
         raise InvalidRequest(f"{what} holds an id outside 0 … {INT32_MAX}")
     return np.ascontiguousarray(ids, dtype=np.int32)
 
@@ -318,13 +318,15 @@ class Trajectory:
     def __post_init__(self) -> None:
         for name, dtype in (("input_ids", np.int32), ("loss_mask", np.int32),
                             ("logprobs", np.float32), ("versions", np.int32)):  # fmt: skip
-            array = _vector(name, getattr(self, name), dtype)
+            given = getattr(self, name)
+            array = _vector(name, given, dtype)
             if array.shape != np.shape(self.input_ids) or array.ndim != 1 or array.size == 0:
                 raise WorkflowError(
                     f"a trajectory's {name} must be a vector as long as its input_ids, "
                     f"not of shape {array.shape}"
                 )
-            object.__setattr__(self, name, array)
+            if array is not given:
+                object.__setattr__(self, name, array)
         if not isinstance(self.extras, Mapping):
             raise WorkflowError(
                 f"a trajectory's extras must be a mapping, not {shown(self.extras)}"
@@ -377,6 +379,8 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """What a workflow gave as an array of ``dtype``; integers only where nothing is lost."""
+    if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous:
+        return value  # nearly always
     refusal = WorkflowError(f"a trajectory's {name} must be a vector of {dtype.__name__}")
     try:
         array = np.asarray(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidRequest
 from .dialect import SegmentRequest, ServerInfo
 
+_VISIBLE = re.compile("[!-~]+").fullmatch
 TOP_K_ALL = int(1e8)  # AReaL's default; it and everything above means the whole vocabulary
 
 
@@ -28,13 +30,14 @@ def check_segment(segment: SegmentRequest, info: ServerInfo) -> None:
         raise InvalidRequest(f"max_new_tokens must be at least 1, not {segment.max_new_tokens}")
     if not 0 <= segment.min_new_tokens <= segment.max_new_tokens:
         raise InvalidRequest("min_new_tokens must be between 0 and max_new_tokens")
-    largest = -1 if info.vocab_size is None else int(segment.token_ids.max(initial=0))
-    if info.vocab_size is not None and largest >= info.vocab_size:
-        raise InvalidRequest(
-            f"input_ids holds {largest}, which is not below the vocabulary size {info.vocab_size}"
-        )
-    request_id = segment.request_id
-    if not request_id or not request_id.isascii() or not all("!" <= c <= "~" for c in request_id):
+    if info.vocab_size is not None:
+        largest = int(segment.token_ids.max(initial=0))
+        if largest >= info.vocab_size:
+            raise InvalidRequest(
+                f"input_ids holds {largest}, which is not below the vocabulary size "
+                f"{info.vocab_size}"
+            )
+    if _VISIBLE(segment.request_id) is None:
         raise InvalidRequest("a request id must be visible ASCII without spaces, and not empty")
 
 

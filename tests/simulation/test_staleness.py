@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,7 +188,7 @@ def test_a_second_batch_of_one_version_is_refused_at_once() -> None:
     assert_bounded(run)
 
 
-def traced(seed_trio: Callable[[int], None], seed: int) -> tuple[Any, ...]:
+def traced(seed: int) -> tuple[Any, ...]:
     async def main() -> tuple[Any, ...]:
         scenario = Scenario(seed=seed, max_staleness=2, group_size=2, reject=0.2, fail=0.1)
         async with open_run(scenario, traced=True) as run:
@@ -200,15 +199,14 @@ def traced(seed_trio: Callable[[int], None], seed: int) -> tuple[Any, ...]:
         ]
         return run.fleet.trace, consumed, run.executor.counts.as_dict()
 
-    seed_trio(seed)
-    return tuple(virtually(main))
+    return tuple(virtually(main, seed=seed))
 
 
-def test_one_seed_is_one_run(seed_trio: Callable[[int], None]) -> None:
-    first = traced(seed_trio, 17)
+def test_one_seed_is_one_run() -> None:
+    first = traced(17)
     assert len(first[0]) > 200
-    assert first == traced(seed_trio, 17)
-    assert first[0] != traced(seed_trio, 18)[0]
+    assert first == traced(17)
+    assert first[0] != traced(18)[0]
 
 
 def test_requests_do_wait_for_slots_in_these_runs() -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import trio
-from trio.testing import MockClock
 
 from arealtrio import (
     Batch,
@@ -31,6 +30,7 @@ from arealtrio.testing import (
     SimulatedServerSettings,
     checkpoint,
     made_by,
+    run_virtually,
     simulated_executor,
 )
 
@@ -270,18 +270,12 @@ async def _train(scenario: Scenario) -> Run:
 
 def trained(scenario: Scenario) -> Run:
     """Train for as many steps as the scenario says, in no time."""
-    return virtually(_train, scenario)
+    return virtually(_train, scenario, seed=scenario.seed)
 
 
-def virtually(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """Run an async function on a clock that jumps to the next thing to happen.
+def virtually(function: Callable[..., Awaitable[T]], *args: object, seed: int = 0) -> T:
+    """Run an async function in no time, the same on every run.
 
     A deadlock would wait for ever, so it is given a time that no run needs.
     """
-
-    async def main() -> T:
-        with trio.fail_after(LONGER_THAN_ANY_RUN_S):
-            return await function(*args)
-
-    result: T = trio.run(main, clock=MockClock(autojump_threshold=0))
-    return result
+    return run_virtually(function, *args, seed=seed, time_limit_s=LONGER_THAN_ANY_RUN_S)
