@@ -899,9 +899,12 @@ async def test_too_large_a_share_of_the_configured_window_ends_prepare_batch(
 
     # One at a time, so that they settle in the order of their prompts; and the window is full
     # before a batch is.
-    limits = {"consumer_batch_size": 8, "max_concurrent_rollouts": 1}
     async with simulated_executor(
-        servers=1, max_failure_ratio=0.4, failure_window=10, **limits
+        servers=1,
+        consumer_batch_size=8,
+        max_concurrent_rollouts=1,
+        max_failure_ratio=0.4,
+        failure_window=10,
     ) as (executor, _):
         with pytest.raises(TooManyFailures, match=r"5 of the last 10 .*max_failure_ratio=0.4"):
             await executor.prepare_batch(prompts(), Instant(every_other))
