@@ -201,9 +201,10 @@ async def test_what_a_call_throws_away_was_not_delivered_too_late(
     autojump_clock: MockClock,
 ) -> None:
     """Nobody got it, so it is no violation; it was counted as one when the call was cancelled."""
-    async with simulated_executor(
-        servers=1, consumer_batch_size=2, straggler_policy="keep"
-    ) as (executor, _):
+    async with simulated_executor(servers=1, consumer_batch_size=2, straggler_policy="keep") as (
+        executor,
+        _,
+    ):
         workflow = Puppet()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(executor.rollout_batch, [{"prompt_id": n} for n in "ab"], workflow)
