@@ -37,13 +37,13 @@ class Generation:
     last sequence has finished.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, streamed: bool = False) -> None:
         self.sequences: list[Sequence] = []
         self.first_token_at: dict[Sequence, float] = {}
         self.finished_at: dict[Sequence, float] = {}
         self.on_end: Callable[[], None] = lambda: None
         self._engine = engine
-        self._progress = trio.Event()
+        self._progress = trio.Event() if streamed else None  # set: there is something to send
         self._finished = trio.Event()
 
     def __enter__(self) -> Self:
@@ -64,12 +64,12 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether every sequence has finished."""
-        return all(sequence.finished for sequence in self.sequences)
+        return len(self.finished_at) == len(self.sequences)
 
     @property
     def failed(self) -> bool:
         """Whether the engine died under it."""
-        return any(sequence.finish_reason == "error" for sequence in self.sequences)
+        return "error" in [sequence.finish_reason for sequence in self.sequences]
 
     def belongs_to(self, engine: Engine) -> bool:
         """Whether this engine makes it."""
@@ -80,7 +80,8 @@ class Generation:
         await self._finished.wait()
 
     async def wait_progress(self) -> None:
-        """Return when there is a new token or an end since the last return."""
+        """Return when there is a new token or an end since the last return; of a stream only."""
+        assert self._progress is not None
         await self._progress.wait()
         self._progress = trio.Event()
 
@@ -88,15 +89,19 @@ class Generation:
         """Wake whoever streams; the scheduler calls it."""
         if sequence not in self.first_token_at:
             self.first_token_at[sequence] = self._engine.now()
-        self._progress.set()
+        self._news()
 
     def on_finish(self, sequence: Sequence) -> None:
         """Wake whoever waits; the scheduler calls it."""
         self.finished_at[sequence] = self._engine.now()
-        self._progress.set()
+        self._news()
         if self.finished:
             self._finished.set()
             self.on_end()
+
+    def _news(self) -> None:
+        if self._progress is not None:
+            self._progress.set()
 
 
 class Engine:
@@ -166,7 +171,7 @@ class Engine:
             EngineDead: Nothing can be served any more.
             InvalidRequest: A prompt is refused.
         """
-        generation = Generation(self)
+        generation = Generation(self, streamed=streamed)
         try:
             for request_id, token_ids, params in requests:
                 generation.sequences.append(self._submit(generation, request_id, token_ids, params))

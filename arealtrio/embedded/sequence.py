@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -19,6 +19,11 @@ class Span(NamedTuple):
     version: str
     start: int
     end: int
+
+
+def as_objects(spans: Iterable[Span]) -> list[dict[str, object]]:
+    """Spans as JSON has them."""
+    return [{"version": version, "start": start, "end": end} for version, start, end in spans]
 
 
 class Sequence:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Self
+
+import msgspec
 
 from ..errors import InvalidRequest
 from .engine import Engine, Generation
@@ -66,7 +67,9 @@ class Frontend:
             return item
         try:
             vocab_size = self.engine.scheduler.model.vocab_size
-            return replace(item, prompt=expanded(item.prompt, item.images, vocab_size))
+            return msgspec.structs.replace(
+                item, prompt=expanded(item.prompt, item.images, vocab_size)
+            )
         except ValueError as exc:
             raise SglangError(str(exc)) from exc
 
@@ -76,7 +79,7 @@ class Frontend:
         params = sampling_params(
             item, vocab_size=vocab_size, max_model_len=self.settings.max_model_len
         )
-        if not all(0 <= token_id < vocab_size for token_id in item.prompt):
+        if min(item.prompt) < 0 or max(item.prompt) >= vocab_size:
             raise self.fatal(f"a token id is outside 0 … {vocab_size - 1}")
         if self.released:
             raise self.fatal(f"memory is released: {', '.join(sorted(self.released))}")
@@ -96,9 +99,8 @@ class Frontend:
                 f"All loaded adapters: {self.engine.adapters.paths.keys()}."
             )
 
-    @contextmanager
-    def known(self, items: Iterable[Item]) -> Iterator[None]:
-        """Make requests known by their ids, by which they can be aborted.
+    def know(self, items: Iterable[Item]) -> list[str]:
+        """Make requests known by their ids, by which they can be aborted; return these.
 
         Raises:
             SglangError: One of them is known already.
@@ -108,10 +110,11 @@ class Frontend:
             if rid in self.rids:
                 raise SglangError(f"Duplicate request ID detected: {rid}")
         self.rids.update(rids)
-        try:
-            yield
-        finally:
-            self.rids.difference_update(rids)
+        return rids
+
+    def forget(self, rids: Iterable[str]) -> None:
+        """Requests have been answered, or their clients have left."""
+        self.rids.difference_update(rids)
 
     def abort(self, rid: str) -> None:
         """Abort what is behind the gate and whose id *begins* with the id of a known request.

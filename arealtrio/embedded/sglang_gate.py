@@ -22,7 +22,7 @@ class Gate:
         self._inside = 0
         self._loads = 0  # that wait for their turn or have it
         self._loading = False
-        self._changed = trio.Event()
+        self._changed: trio.Event | None = None  # of those who wait for a change
 
     def pause(self) -> None:
         """Hold new requests back."""
@@ -70,8 +70,11 @@ class Gate:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for a state of the gate."""
         while not holds():
+            if self._changed is None:
+                self._changed = trio.Event()
             await self._changed.wait()
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Self
 
 import trio
@@ -34,7 +33,8 @@ class Reply:
         self._body = body
         self._received_ts = front.engine.unix_time()
         self._received = trio.current_time()
-        self._held = ExitStack()
+        self._rids: list[str] = []  # by which it is known
+        self._inside = False  # the gate
         self._asked: GenerateRequest | None = None
         self._refused: SglangError | None = None
         self._sent: list[int | None] = []  # tokens of each; None: told how it ended
@@ -48,7 +48,13 @@ class Reply:
 
     def release(self) -> None:
         """See ``http.Reply``."""
-        self._held.close()
+        if self.generation is not None:
+            self.generation.release()
+        if self._inside:
+            self._inside = False
+            self._front.gate.leave()
+        self._front.forget(self._rids)
+        self._rids = []
 
     async def wait(self) -> None:
         """See ``http.Reply``."""
@@ -97,11 +103,10 @@ class Reply:
     async def _start(self) -> Generation:
         self._asked = asked = read_generate(self._body)
         self._sent = [0] * len(asked.items)
-        self._held.enter_context(self._front.known(asked.items))
+        self._rids = self._front.know(asked.items)
         await self._front.gate.enter()
-        self._held.callback(self._front.gate.leave)
-        generation = self._front.begin(asked.items, streamed=self.streamed)
-        return self._held.enter_context(generation)
+        self._inside = True
+        return self._front.begin(asked.items, streamed=self.streamed)
 
     def _refuse(self, error: SglangError) -> None:
         self._refused = error

@@ -10,7 +10,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -80,8 +80,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             self.input_ids = msgspec.convert(self.input_ids, kind)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class Item(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt of a request.
 
     Args:
@@ -103,8 +102,7 @@ class Item:
     images: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(msgspec.Struct, frozen=True):
     """A body whose shape was found sound.
 
     Args:
@@ -239,8 +237,14 @@ def sampling_params(item: Item, *, vocab_size: int, max_model_len: int) -> Sampl
     Raises:
         SglangError: As SGLang would answer.
     """
-    sampling = item.sampling
     _check_length(item, max_model_len)
+    return _params(msgspec.msgpack.encode(item.sampling), vocab_size)
+
+
+@lru_cache
+def _params(written: bytes, vocab_size: int) -> SamplingParams:
+    """Check sampling parameters, which are the same from request to request."""
+    sampling = msgspec.msgpack.decode(written, type=Sampling)
     _check_ranges(sampling)
     _check_lengths(sampling)
     biased = _biases(sampling, vocab_size)

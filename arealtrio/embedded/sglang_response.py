@@ -7,9 +7,12 @@ Every shape has the keys of the recordings in tests/golden/sglang-0.5.23. There 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
 
 from .experts import as_int32, routed_experts
-from .sequence import Sequence
+from .sequence import Sequence, as_objects
 from .sglang_error import Json
 
 ABORTED: Json = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
@@ -98,24 +101,21 @@ class Told:
             return {}
         sequence = self.sequence
         ids = sequence.token_ids[sequence.prompt_length + start :]
-        pairs = [
-            [logprob, token_id, None]
-            for logprob, token_id in zip(sequence.logprobs[start:], ids, strict=True)
-        ]
+        written = b",".join(map(_pair, sequence.logprobs[start:], ids))
         return {
             "input_token_logprobs": [],
-            "output_token_logprobs": pairs,
+            "output_token_logprobs": msgspec.Raw(b"[" + written + b"]"),
             "output_token_logprobs_length": sequence.output_length,
         }
 
     def _counts(self) -> Json:
         sequence = self.sequence
-        spans = {"weight_versions": [span._asdict() for span in sequence.spans]}
+        spans = {"weight_versions": as_objects(sequence.spans)} if sequence.finished else {}
         return {
             "reasoning_tokens": 0,
             "completion_tokens": sequence.output_length,
             "cached_tokens": 0,
-            **(spans if sequence.finished else {}),
+            **spans,
             "cached_tokens_details": None,
             "dp_rank": None,
         }
@@ -135,6 +135,12 @@ class Told:
             "decode_throughput": decoded / decoding_s if decoding_s > 0 else 0.0,
             "response_sent_to_client_ts": end_ts,
         }
+
+
+@lru_cache(maxsize=2**14)
+def _pair(logprob: float, token_id: int) -> bytes:
+    """Write a token; a scripted model makes the same ones all the time."""
+    return msgspec.json.encode((logprob, token_id, None))
 
 
 def finish_reason(sequence: Sequence) -> Json | None:

@@ -46,6 +46,8 @@ def token_ids(value: object, loc: str) -> list[int]:
 
 def integer(body: Body, name: str, default: int | None, loc: str = "body") -> int | None:
     """Read an integer; "8" and 8.0 are integers."""
+    if body.get(name) is None:
+        return default
     return _parsed(body, name, default, loc, _to_int, "int_parsing", "integer")
 
 
@@ -57,8 +59,9 @@ def number(body: Body, name: str, default: float, loc: str = "body") -> float:
 
 def flag(body: Body, name: str, loc: str = "body") -> bool:
     """Read a truth value; not there is False."""
-    value = _parsed(body, name, False, loc, _to_bool, "bool_parsing", "boolean")
-    return bool(value)
+    if body.get(name) is None:
+        return False
+    return bool(_parsed(body, name, False, loc, _to_bool, "bool_parsing", "boolean"))
 
 
 def text(body: Body, name: str) -> str | None:

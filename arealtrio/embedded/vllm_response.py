@@ -15,15 +15,14 @@ from typing import Any
 import msgspec
 
 from .experts import as_npy, routed_experts
-from .sequence import Sequence
+from .sequence import Sequence, as_objects
 from .vllm_request import GenerateRequest
 
 Json = dict[str, Any]
 FINGERPRINT = "arealtrio-embedded"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What all parts of one answer share.
 
     Args:
@@ -50,8 +49,8 @@ class Answer:
 
     def usage(self) -> Json:
         """Count tokens; a prompt counts once, however many answers it has."""
-        prompt = sum(len(ids) for ids in self.request.prompts)
-        completion = sum(sequence.output_length for sequence in self.sequences)
+        prompt = sum(map(len, self.request.prompts))
+        completion = sum([sequence.output_length for sequence in self.sequences])
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
@@ -304,7 +303,7 @@ def _tokens_choice(answer: Answer, index: int, start: int) -> Json:
 
 
 def _spans(sequence: Sequence) -> list[Json] | None:
-    return [span._asdict() for span in sequence.spans] if sequence.finished else None
+    return as_objects(sequence.spans) if sequence.finished else None
 
 
 def _tokens_logprobs(
@@ -314,16 +313,17 @@ def _tokens_logprobs(
         return None
     if not any(sequence.top_logprobs[start:end]):
         ids = _output(sequence, start, end)
-        numbers = zip(ids, sequence.logprobs[start:end], sequence.ranks[start:end], strict=True)
-        return {"content": [_chosen_alone(*one) for one in numbers]}
+        logprobs, ranks = sequence.logprobs[start:end], sequence.ranks[start:end]
+        written = b",".join(map(_chosen_alone, ids, logprobs, ranks))
+        return {"content": msgspec.Raw(b"[" + written + b"]")}
     return {"content": [_tokens_logprob(sequence, at) for at in range(start, end)]}
 
 
 @lru_cache(maxsize=2**14)
-def _chosen_alone(token_id: int, logprob: float, rank: int) -> msgspec.Raw:
+def _chosen_alone(token_id: int, logprob: float, rank: int) -> bytes:
     """Write a token without other candidates; a scripted model makes the same ones all the time."""
     chosen = {"token_id": token_id, "logprob": logprob, "rank": rank}
-    return msgspec.Raw(msgspec.json.encode({**chosen, "top_logprobs": [chosen]}))
+    return msgspec.json.encode({**chosen, "top_logprobs": [chosen]})
 
 
 def _tokens_logprob(sequence: Sequence, at: int) -> Json:

@@ -16,7 +16,6 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from ..embedded.sampling import SamplingParams
 from ..embedded.scheduler import Model, Scheduler
 from ..embedded.sequence import Sequence, Span
 from ..types import PauseMode
+from .alarm import Alarm
 from .lengths import Lengths
 from .script import Plan, ScriptedModel, continues, load, plan
 
@@ -59,11 +59,13 @@ class _Progress:
     """Where a sequence is in its plan.
 
     Args:
+        sequence: That one.
         plan: Its whole answer.
         since: The step after which its last written token was made, or ``_NOT_RUNNING``.
         finish: The step that makes its last token.
     """
 
+    sequence: Sequence
     plan: Plan
     since: int = _NOT_RUNNING
     finish: int = _NOT_RUNNING
@@ -108,8 +110,8 @@ class TimedScheduler(Scheduler):
         self._steps = 0  # decode steps so far
         self._due = math.inf  # when the next one is made
         self._progress: dict[Sequence, _Progress] = {}
-        # (step of the last token, tie-breaker, sequence); entries of what left early are stale
-        self._finishes: list[tuple[int, int, Sequence]] = []
+        # (step of the last token, tie-breaker, progress); entries of what left early are stale
+        self._finishes: list[tuple[int, int, _Progress]] = []
         self._ties = itertools.count()
         self._event_tokens = event_tokens
         self._streamed: dict[Sequence, None] = {}  # of those that are streamed, the unfinished
@@ -170,7 +172,7 @@ class TimedScheduler(Scheduler):
         for sequence in self._streamed:
             progress = self._progress.get(sequence)
             if progress is not None and _NOT_RUNNING < progress.since <= due:
-                self._write(sequence)
+                self._write(progress)
 
     def _leap(self, now: float) -> None:
         """Take the due steps up to the first that ends a sequence."""
@@ -190,38 +192,43 @@ class TimedScheduler(Scheduler):
         return self._finishes[0][0] - self._steps
 
     def _drop_stale(self) -> None:
-        while self._finishes and not self._is_current(self._finishes[0]):
-            heapq.heappop(self._finishes)
-
-    def _is_current(self, entry: tuple[int, int, Sequence]) -> bool:
-        progress = self._progress.get(entry[2])
-        return progress is not None and progress.finish == entry[0]
+        finishes = self._finishes
+        while finishes and finishes[0][2].finish != finishes[0][0]:
+            heapq.heappop(finishes)
 
     def _finish_ended(self) -> None:
         self._drop_stale()
         while self._finishes and self._finishes[0][0] <= self._steps:
-            sequence = heapq.heappop(self._finishes)[2]
-            self._write(sequence)
-            ended = self._progress.pop(sequence).plan
-            self._streamed.pop(sequence, None)
-            self._running.remove(sequence)
-            sequence.stop_reason = ended.stop_reason
-            self._finish(sequence, "stop" if ended.stopped else "length")
+            self._end(heapq.heappop(self._finishes)[2])
             self._drop_stale()
         self._admit()
 
-    def _write(self, sequence: Sequence) -> None:
+    def _end(self, progress: _Progress) -> None:
+        sequence, ended = progress.sequence, progress.plan
+        self._write(progress)
+        self._forget(sequence)
+        self._running.remove(sequence)
+        sequence.stop_reason = ended.stop_reason
+        self._finish(sequence, "stop" if ended.stopped else "length")
+
+    def _forget(self, sequence: Sequence) -> None:
+        progress = self._progress.pop(sequence, None)
+        if progress is not None:
+            progress.finish = _NOT_RUNNING
+        self._streamed.pop(sequence, None)
+
+    def _write(self, progress: _Progress) -> None:
         """Write the tokens that a running sequence got since it was last looked at."""
-        progress = self._progress[sequence]
+        sequence = progress.sequence
         count, done = self._steps - progress.since, sequence.output_length
         progress.since = self._steps
         if not count:
             return
         first = progress.plan.first - done
-        sequence.token_ids.extend(range(first, first - count, -1))
-        sequence.logprobs.extend(repeat(self._logprob, count))
-        sequence.ranks.extend(repeat(1, count))
-        sequence.top_logprobs.extend(repeat((), count))
+        sequence.token_ids += range(first, first - count, -1)
+        sequence.logprobs += [self._logprob] * count
+        sequence.ranks += [1] * count
+        sequence.top_logprobs += [()] * count
         self._extend_spans(sequence, done, done + count)
         self.counters.generated_tokens += count
         if sequence.on_token is not None:
@@ -235,7 +242,7 @@ class TimedScheduler(Scheduler):
 
     def _write_all(self) -> None:
         for sequence in self._running:
-            self._write(sequence)
+            self._write(self._progress[sequence])
 
     # --- what the base class decides, in time ------------------------------------------------
 
@@ -333,10 +340,10 @@ class TimedScheduler(Scheduler):
     def _enter(self, sequence: Sequence) -> None:
         progress = self._progress.get(sequence)
         if progress is None:
-            progress = self._progress[sequence] = _Progress(self._plan(sequence))
+            progress = self._progress[sequence] = _Progress(sequence, self._plan(sequence))
         progress.since = self._steps
         progress.finish = self._steps + progress.plan.length - sequence.output_length
-        heapq.heappush(self._finishes, (progress.finish, next(self._ties), sequence))
+        heapq.heappush(self._finishes, (progress.finish, next(self._ties), progress))
 
     def _plan(self, sequence: Sequence) -> Plan:
         prompt = sequence.token_ids
@@ -353,9 +360,8 @@ class TimedScheduler(Scheduler):
         for sequence in taken:
             progress = self._progress.get(sequence)
             if progress is not None and progress.since != _NOT_RUNNING:
-                self._write(sequence)
-            self._progress.pop(sequence, None)
-            self._streamed.pop(sequence, None)
+                self._write(progress)
+            self._forget(sequence)
         return taken
 
     def _check(self) -> None:
@@ -391,7 +397,7 @@ class TimedEngine(Engine):
         self._load_time_s = load_time_s
         self._on_load = on_load
         self._on_label = on_label
-        self._nap = trio.CancelScope()
+        self._alarm = Alarm()
 
     async def run(self) -> None:
         """Decode when there is something to decode, and for nothing else.
@@ -403,8 +409,7 @@ class TimedEngine(Engine):
             self._settle()
             if self.scheduler.state == "dead":
                 return
-            with trio.CancelScope(deadline=self.scheduler.next_event) as self._nap:
-                await trio.sleep_forever()
+            await self._alarm.sleep_until(self.scheduler.next_event)
 
     def retime(self) -> None:
         """Find out anew when to wake, after the pace has changed."""
@@ -412,9 +417,9 @@ class TimedEngine(Engine):
 
     def _changed(self) -> None:
         if self.scheduler.state == "dead":
-            self._nap.cancel()
+            self._alarm.ring()
         else:
-            self._nap.deadline = self.scheduler.next_event
+            self._alarm.move(self.scheduler.next_event)
         self._settle()
 
     async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:

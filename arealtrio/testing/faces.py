@@ -1,4 +1,4 @@
-"""Both dialects in memory: what asks for tokens is taken directly, the rest by the application.
+"""Both dialects in memory: what asks for tokens is taken directly, the rest by its endpoint.
 
 Nothing is decided here: ``Reply`` is the embedded server's own, and so are its applications. Most
 requests ask for tokens, and going through the application costs thrice as much.
@@ -7,6 +7,8 @@ requests ask for tokens, and going through the application costs thrice as much.
 from __future__ import annotations
 
 from typing import Protocol
+
+from starlette.applications import Starlette
 
 from ..embedded.engine import Engine
 from ..embedded.http import Reply
@@ -19,30 +21,40 @@ from ..embedded.vllm_app import vllm_app
 from ..embedded.vllm_fields import decode_body
 from ..embedded.vllm_generate import COMPLETION, TOKENS, Kind, begin
 from ..types import HttpRequest
-from .asgi import AsgiApp
+from .asgi import AsgiApp, endpoints
 
 _KINDS: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generate": TOKENS}
 
 
 class Face(Protocol):
-    """How a server speaks.
-
-    Attributes:
-        app: Answers every route.
-    """
-
-    app: AsgiApp
+    """How a server speaks."""
 
     def open(self, request: HttpRequest) -> Reply | None:
-        """Take a request for tokens; None where it is something else, for ``app``.
+        """Take a request for tokens; None where it is something else, for ``app_for``.
 
         Raises:
             VllmError: It is refused.
             SglangError: It is refused.
         """
 
+    def app_for(self, request: HttpRequest) -> AsgiApp:
+        """What answers any other request. It raises what ``open`` does."""
 
-class VllmFace:
+
+class _Routes:
+    """An application, and the way to its endpoints."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._endpoints = endpoints(app)
+
+    def app_for(self, request: HttpRequest) -> AsgiApp:
+        """See ``Face``. What has no endpoint, the application refuses."""
+        path = request.path.partition("?")[0]
+        return self._endpoints.get((request.method, path), self._app)
+
+
+class VllmFace(_Routes):
     """See ``Face``.
 
     Args:
@@ -51,7 +63,7 @@ class VllmFace:
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
-        self.app: AsgiApp = vllm_app(engine, settings)
+        super().__init__(vllm_app(engine, settings))
         self._engine = engine
         self._settings = settings
 
@@ -64,7 +76,7 @@ class VllmFace:
         return begin(self._engine, self._settings, kind, decode_body(request.body), header_id)
 
 
-class SglangFace:
+class SglangFace(_Routes):
     """See ``Face``.
 
     Args:
@@ -74,7 +86,7 @@ class SglangFace:
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._front = Frontend.of(engine, settings)
-        self.app: AsgiApp = sglang_app(engine, settings, self._front)
+        super().__init__(sglang_app(engine, settings, self._front))
 
     def open(self, request: HttpRequest) -> Reply | None:
         """See ``Face``."""

@@ -420,7 +420,7 @@ class SimulatedServer:
             if not self._faults.on_lost_abort(self):
                 await trio.sleep_forever()  # the client's own limit ends it
             return HttpResponse(200, {}, b"")
-        return await ask(self._face.app, request, headers)
+        return await ask(self._face.app_for(request), request, headers)
 
     def _is_deaf_to(self, request: HttpRequest) -> bool:
         if request.path not in _ABORTS:
