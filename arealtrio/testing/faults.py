@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -200,7 +201,7 @@ class Faults:
         for server in chosen:
             server.isolate()
             self.note(server, FaultKind.PARTITION, _for(for_s))
-            self._end_later(server, for_s, server.rejoin)
+            self._end_later(for_s, server.rejoin, partial(getattr, server, "partitions"))
         return chosen
 
     def heal(self, *servers: SimulatedServer | str) -> None:
@@ -298,7 +299,7 @@ class Faults:
         if FaultKind.FAILED_LOAD in self.rates:
             seconds = self._stream(server).uniform(*self._outage_s)
             self.note(server, FaultKind.DEATH, f"of its weights, for {seconds:.3g} s")
-            self._end_later(server, seconds, server.restart)
+            self._end_later(seconds, server.restart, partial(getattr, server, "outages"))
 
     async def hold(self, seconds: float) -> None:
         """Wait so long, or until ``stop``."""
@@ -366,10 +367,10 @@ class Faults:
             server.restart()
         elif kind is FaultKind.SLOW:
             server.slow_down(how.get("factor", 4.0))
-            self._end_later(server, seconds, server.speed_up)
+            self._end_later(seconds, server.speed_up, partial(getattr, server, "paces"))
         else:
             (server.die if kind is FaultKind.DEATH else server.hang)()
-            self._end_later(server, seconds, server.restart)
+            self._end_later(seconds, server.restart, partial(getattr, server, "outages"))
 
     def _side_of(self, server: SimulatedServer) -> list[SimulatedServer]:
         """A server, and by chance some others, as many as may be missed."""
@@ -395,15 +396,22 @@ class Faults:
         )
 
     def _end_later(
-        self, server: SimulatedServer, seconds: float | None, end: Callable[[], None]
+        self, seconds: float | None, end: Callable[[], None], changes: Callable[[], int]
     ) -> None:
-        """End an outage in time, unless it ended meanwhile and perhaps another began."""
+        """End what is wrong with a server in time, unless it ended meanwhile and began again.
+
+        Args:
+            seconds: None: somebody else will.
+            end: Ends it.
+            changes: Counts what begins or ends of its kind. Of another kind something may begin
+                meanwhile, and makes no difference: a server may die while it is cut off.
+        """
         if seconds is None:
             return
-        outage = server.outage
+        before = changes()
 
         def end_it() -> None:
-            if server.outage == outage:
+            if changes() == before:
                 end()
 
         self._later(seconds, end_it)

@@ -63,7 +63,9 @@ class SimulatedServer:
         generations: Generate requests that it is working on now.
         most_generations: The most it ever worked on at once.
         most_waiting: The most that ever waited in its own queue.
-        outage: Grows whenever an outage begins or ends.
+        outages: Grows whenever it goes down, hangs or comes up.
+        partitions: Grows whenever a partition begins or ends.
+        paces: Grows whenever its speed changes.
         on_change: Called whenever ``generations`` has changed; for checking invariants.
     """
 
@@ -83,7 +85,7 @@ class SimulatedServer:
         self.most_generations = 0
         self.most_waiting = 0
         self.on_change: Callable[[SimulatedServer], None] = lambda _: None
-        self.outage = 0
+        self.outages = self.partitions = self.paces = 0
         self._lengths = lengths
         self._rng = rng
         self._faults = faults
@@ -183,7 +185,7 @@ class SimulatedServer:
         self._set_speed(self.settings.speed)
 
     def _set_speed(self, speed: float) -> None:
-        self.outage += 1
+        self.paces += 1
         self.scheduler.step()  # what was due by now was made at the old pace
         self.pace.speed = speed
         self._engine.retime()
@@ -191,14 +193,14 @@ class SimulatedServer:
     def isolate(self) -> None:
         """Let nothing in or out until ``rejoin``. It does not notice, and goes on with its work."""
         if self._unreached is None:
-            self.outage += 1
+            self.partitions += 1
             self._unreached = trio.Event()
 
     def rejoin(self) -> None:
         """End a partition: what was held up arrives, and it notices which clients have left."""
         if self._unreached is None:
             return
-        self.outage += 1
+        self.partitions += 1
         self._unreached.set()
         self._unreached = None
         for reply in self._unnoticed:
@@ -218,7 +220,7 @@ class SimulatedServer:
             connection.cut()
 
     def _replace(self, condition: ServerCondition) -> None:
-        self.outage += 1
+        self.outages += 1
         self.condition = condition
         self._boot()
         self._replaced.set()

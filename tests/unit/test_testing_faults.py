@@ -188,6 +188,23 @@ async def test_a_slow_server_gets_its_speed_back(autojump_clock: MockClock) -> N
         assert (await generate(engine)).latency_s == 5.0
 
 
+@pytest.mark.parametrize("first", ["partition", "slow", "death"])
+@pytest.mark.parametrize("second", ["partition", "slow", "hang"])
+async def test_what_begins_meanwhile_lets_no_outage_last_for_ever(
+    autojump_clock: MockClock, first: str, second: str
+) -> None:
+    async with open_fleet([ONE_A_SECOND]) as fleet:
+        (server,) = fleet
+        for kind in (first, second):
+            fleet.faults.plan(kind, seconds=30, factor=4)
+            with trio.move_on_after(1), suppress(ConnectFailed):
+                await fleet.request(server.address, HEALTH, LIMITS)
+        await trio.sleep(60)
+        assert kinds(fleet) == [first, second]
+        assert server.undisturbed
+        assert server.pace.speed == 1.0
+
+
 # --- partitions ------------------------------------------------------------------------------
 
 
