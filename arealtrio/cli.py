@@ -6,25 +6,41 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .config import SCHEDULE_POLICIES
 from .demo.report import DemoReport
 from .demo.run import DemoOptions, run_demo
-from .embedded.__main__ import command as serve_command
 from .errors import ArealTrioError
-from .simulate.command import command as simulate_command
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 TERMINATED = 143  # and that SIGTERM ended
 
+_ELSEWHERE = {"serve": ".embedded.__main__", "simulate": ".simulate.command"}
 
-@click.group()
+
+class _Commands(click.Group):
+    """Commands of which some are imported when they are asked for: they bring heavy libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command = import_module(_ELSEWHERE[cmd_name], __package__).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Commands)
 @click.version_option(package_name="arealtrio")
 def main() -> None:
     """The rollout half of asynchronous reinforcement learning for language models."""
@@ -35,6 +51,9 @@ def main() -> None:
               help="Training steps.")  # fmt: skip
 @click.option("--servers", type=click.IntRange(1), default=4, show_default=True,
               help="Inference servers, each a process of its own.")  # fmt: skip
+@click.option("--server", "server_urls", metavar="URL", multiple=True,
+              help="An embedded server that runs already (arealtrio serve), in place of "
+              "--servers; once for each.")  # fmt: skip
 @click.option("--max-staleness", type=click.IntRange(0), default=4, show_default=True,
               help="Weight versions that a trained token may be behind.")  # fmt: skip
 @click.option("--schedule-policy", type=click.Choice(SCHEDULE_POLICIES), default="least_request",
@@ -43,6 +62,9 @@ def main() -> None:
               help="Answers to each prompt.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the model, the prompts and the trainer.")  # fmt: skip
+@click.option("--state", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Keep ledger, checkpoint and weights in DIR: the same command again goes on "
+              "where it was, whatever ended it.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the numbers of the run here.")  # fmt: skip
 @click.option("--keep-weights", type=click.Path(file_okay=False, path_type=Path),
@@ -55,21 +77,19 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     # os.path's, which says no of a name that is too long, where pathlib's raises.
     if json_path is not None and not os.path.isdir(json_path.parent):
         raise click.BadParameter(f"there is no directory {json_path.parent}", param_hint="--json")
+    _check_servers(values["server_urls"])
     _make_directory(values["keep_weights"], "--keep-weights")
+    _make_directory(values["state"], "--state")
     try:
         with _sigterm_unwinds():
             report = _run(quiet, DemoOptions(**values))
         if json_path is not None:
             _write_json(json_path, report)
     except KeyboardInterrupt:
-        click.echo("interrupted; every server has ended", err=True)
+        click.echo(_interrupted(values["state"], values["server_urls"]), err=True)
         sys.exit(INTERRUPTED)
     except (ArealTrioError, OSError) as exc:
         raise click.ClickException(_one_line(exc)) from exc
-
-
-main.add_command(serve_command, "serve")
-main.add_command(simulate_command, "simulate")
 
 
 @contextmanager
@@ -87,6 +107,18 @@ def _run(quiet: bool, options: DemoOptions) -> DemoReport:
         return run_demo(options, sys.stdout)
     with Path(os.devnull).open("w") as nowhere:
         return run_demo(options, nowhere)
+
+
+def _check_servers(urls: Sequence[str]) -> None:
+    given = click.get_current_context().get_parameter_source("servers")
+    if urls and given is not ParameterSource.DEFAULT:
+        raise click.UsageError("--server and --servers contradict each other; give one of them")
+
+
+def _interrupted(state: Path | None, urls: Sequence[str]) -> str:
+    servers = "the servers run on" if urls else "every server has ended"
+    more = "; the same command goes on from there" if state is not None else ""
+    return f"interrupted; {servers}{more}"
 
 
 def _make_directory(path: Path | None, option: str) -> None:

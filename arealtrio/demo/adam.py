@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from ..embedded.model import Weights
@@ -43,6 +46,20 @@ class Adam:
             }
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` goes on from: plain values that JSON keeps exactly."""
+        return {
+            "updates": self._updates,
+            "mean": {name: array.tolist() for name, array in self._mean.items()},
+            "square": {name: array.tolist() for name, array in self._square.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self._updates = state["updates"]
+        self._mean = arrays_of(state["mean"])
+        self._square = arrays_of(state["square"])
+
     def _step(self, name: str, slope: Float32Array) -> Float32Array:
         beta1, beta2 = self._betas
         zero = np.zeros_like(slope)
@@ -53,3 +70,8 @@ class Adam:
         unbiased_square = square / (1 - beta2**self._updates)
         step = self._learning_rate * unbiased_mean / (np.sqrt(unbiased_square) + self._epsilon)
         return np.asarray(step, dtype=np.float32)
+
+
+def arrays_of(lists: Mapping[str, Any]) -> dict[str, Float32Array]:
+    """Return nested lists as float32 arrays; of what such an array's ``tolist`` gave, itself."""
+    return {name: np.asarray(values, dtype=np.float32) for name, values in lists.items()}

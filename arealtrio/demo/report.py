@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,10 +18,12 @@ _ENDS = 3  # batches at either end that the gain is measured over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """The numbers of a whole run.
+    """The numbers of a whole run; those of rollouts and servers are since it was last started.
 
     Args:
         steps: Training steps done.
+        prompts: Different prompts trained on.
+        prompts_repeated: Times that one was trained on again; always 0.
         reward_first: Mean reward of the first three batches.
         reward_last: Mean reward of the last three.
         rollouts: Groups by where they ended, under the executor's names.
@@ -36,6 +38,8 @@ class DemoReport:
     """
 
     steps: int
+    prompts: int
+    prompts_repeated: int
     reward_first: float
     reward_last: float
     rollouts: Mapping[str, int]
@@ -51,6 +55,12 @@ class DemoReport:
         """Return plain values, ready for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report whose ``as_dict`` became ``values``, by way of JSON or not."""
+        ages = {int(age): count for age, count in values["staleness_histogram"].items()}
+        return cls(**{**values, "staleness_histogram": ages})
+
     def lines(self) -> Iterator[str]:
         """Return the summary, none of it wider than 80 columns."""
         for name, text in self._summary():
@@ -59,6 +69,7 @@ class DemoReport:
     def _summary(self) -> Iterator[tuple[str, str]]:
         trained = sum(self.staleness_histogram.values())
         yield "reward", f"{self.reward_first:.3f} at first, {self.reward_last:.3f} at last"
+        yield "prompts", f"{self.prompts:,} trained on, {self.prompts_repeated} of them twice"
         yield "groups", ", ".join(f"{n} {name}" for name, n in self.rollouts.items() if n)
         yield "tokens", f"{self.tokens:,} in {self.seconds:.1f} s"
         yield "staleness", f"{self.staleness_max} versions at most; {self._ages(trained)}"
@@ -79,16 +90,38 @@ class DemoReport:
 
 @dataclass(slots=True)
 class Tally:
-    """Adds up the batches of a run as they are trained on."""
+    """Adds up the batches of a run as they are trained on.
+
+    Args:
+        rewards: The mean of each step.
+        prompts: Trained on, in order.
+        tokens: Generated ones, trained on.
+        ages: Trajectories by the staleness of their oldest token.
+        mixed: Trajectories of more than one version.
+        seconds: That all this took; whoever trains tells it.
+    """
 
     rewards: list[float] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     tokens: int = 0
     ages: Counter[int] = field(default_factory=Counter)
     mixed: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the tally whose ``as_dict`` became ``values``, by way of JSON or not."""
+        ages = Counter({int(age): count for age, count in values["ages"].items()})
+        return cls(**{**values, "ages": ages})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def add(self, batch: Batch, step: StepReport) -> None:
         """Count one batch and the step that was made of it."""
         self.rewards.append(step.reward_mean)
+        self.prompts += [group.prompt_id for group in batch.groups]
         self.tokens += step.tokens
         self.ages.update(batch.staleness_histogram("trajectories"))
         self.mixed += batch.mixed_version_trajectories()
@@ -97,22 +130,22 @@ class Tally:
         self,
         *,
         rollouts: Mapping[str, int],
-        seconds: float,
-        weight_updates: int,
         servers: Mapping[str, Mapping[str, int]],
     ) -> DemoReport:
         """Return the run's report; see there for the arguments."""
         return DemoReport(
             steps=len(self.rewards),
+            prompts=len(set(self.prompts)),
+            prompts_repeated=len(self.prompts) - len(set(self.prompts)),
             reward_first=float(np.mean(self.rewards[:_ENDS])),
             reward_last=float(np.mean(self.rewards[-_ENDS:])),
             rollouts=dict(rollouts),
             tokens=self.tokens,
-            seconds=seconds,
+            seconds=self.seconds,
             staleness_max=max(self.ages),
             staleness_histogram=dict(sorted(self.ages.items())),
             mixed_version_trajectories=self.mixed,
-            weight_updates=weight_updates,
+            weight_updates=len(self.rewards),
             servers=servers,
         )
 

@@ -1,122 +1,115 @@
 """The demo: asynchronous reinforcement learning from end to end, on one machine, in seconds.
 
 Everything in it is real and small: servers in processes of their own, rollouts over HTTP, a trainer
-that learns, and weights that reach every server while rollouts go on.
+that learns, and weights that reach every server while rollouts go on. With a state directory it is
+also a trainer that can be killed: what it keeps, and in what order, is what a real one would keep.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import trio
-
-from ..checks import flag, integer, one_of, shown
-from ..config import SCHEDULE_POLICIES, RolloutConfig, SchedulePolicyName
+from ..config import RolloutConfig
 from ..controller import RolloutController
-from ..errors import ConfigError
-from ..transport import HttpTransport
-from ..types import HttpRequest, TimeLimits
-from ..weights import WeightUpdate
-from ..wire import metrics
+from .checkpoint import Checkpoint, StateDirectory
+from .counts import compared, requests_reported
 from .fleet import ServerProcess, server_processes
-from .report import DemoReport, Tally, progress_line
-from .task import BudgetWorkflow, Prompts, base_model
-from .trainer import PolicyTrainer
+from .options import DemoOptions
+from .report import DemoReport
+from .training import Training
+
+__all__ = ["DemoOptions", "run_demo"]
 
 SLOTS_PER_SERVER = 16
 TOKEN_TIME_S = 0.002  # so that generation, not the trainer, is what takes time
+LEDGER_FLUSH_S = 0.05  # the default is for a run of hours, this one takes seconds
 DRAIN_TIMEOUT_S = 30.0
-METRICS_TIMEOUT_S = 5.0
-_REQUESTS_METRIC = "arealtrio_embedded:requests_total"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoOptions:
-    """What to run.
-
-    Args:
-        steps: Training steps, at least 1.
-        servers: Embedded servers, each a process.
-        max_staleness: Versions that a trained token may be behind.
-        schedule_policy: ``least_request`` or ``round_robin``.
-        batch_size: Prompts in a training batch.
-        group_size: Answers to each of them.
-        seed: Of the base model, the prompts and the trainer. Runs of one seed still differ: which
-            version makes which token is a matter of timing.
-        keep_weights: Where to leave the weights of every version; None throws them away.
-        freeze_weights: Withhold the trainer's updates: every version is the base model again. All
-            else is equal, so what is learnt without this is learnt through the weights.
-
-    Raises:
-        ConfigError: A value is of another type or out of its range.
-    """
-
-    steps: int = 20
-    servers: int = 4
-    max_staleness: int = 4
-    schedule_policy: SchedulePolicyName = "least_request"
-    batch_size: int = 16
-    group_size: int = 4
-    seed: int = 0
-    keep_weights: Path | None = None
-    freeze_weights: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("servers", 1),
-            ("batch_size", 1),
-            ("group_size", 1),
-            ("max_staleness", 0),
-            ("seed", 0),
-        ):
-            object.__setattr__(self, name, integer(name, getattr(self, name), least))
-        one_of("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
-        flag("freeze_weights", self.freeze_weights)
-        if self.keep_weights is not None and not isinstance(self.keep_weights, Path):
-            raise ConfigError(f"keep_weights must be a Path, not {shown(self.keep_weights)}")
 
 
 def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:
     """Run it, write a line a step to ``out``, and return what happened.
 
-    However it ends, by Ctrl-C among others, it leaves no process and no temporary file.
+    However it ends, by Ctrl-C among others, it leaves no process that it started, and no file but
+    what ``state`` and ``keep_weights`` ask for. With ``state`` it may be killed at any moment: the
+    next call trains what is left, and no prompt twice.
 
     Args:
         options: What to run.
         out: For progress and summary, in plain lines of at most 80 columns.
 
     Raises:
+        ConfigError: The directory ``state`` holds another run, or something else.
         ArealTrioError: A server did not start, died, or did not take the weights.
-        OSError: Weights cannot be written.
+        OSError: Weights or state cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="arealtrio-demo-") as scratch, _weights(options) as at:
-        trainer = PolicyTrainer(base_model(options.seed), seed=options.seed)
-        trainer.model.save(at / "v0")
-        out.write(f"starting {options.servers} server{'s' * (options.servers > 1)}\n")
-        out.flush()
-        flags = _server_flags(options)
-        with server_processes(options.servers, at / "v0", Path(scratch), flags) as processes:
-            config = _config(options, [process.url for process in processes])
-            with RolloutController(config) as rollout:
-                report = _train(options, rollout, trainer, processes, at, out)
+    state = None if options.state is None else StateDirectory(options.state.resolve())
+    saved = Checkpoint(options=options.of_the_run())
+    if state is not None:
+        saved = state.open(options.of_the_run())
+    if saved.report is not None:
+        out.write(f"{options.state} holds a run that has finished; another directory begins anew\n")
+        report = DemoReport.from_dict(saved.report)
+    else:
+        report = _run(options, state, saved, out)
     out.writelines(f"{line}\n" for line in report.lines())
     return report
 
 
+def _run(
+    options: DemoOptions, state: StateDirectory | None, saved: Checkpoint, out: TextIO
+) -> DemoReport:
+    with _places(options, state) as (weights, logs):
+        training = Training(options, saved, state, weights, out)
+        first = training.save_weights()
+        with _servers(options, first, logs, out) as (urls, processes):
+            config = _config(options, urls, state)
+            before = requests_reported(config.servers)
+            with RolloutController(config) as rollout:
+                training.take_up(rollout)
+                training.train(rollout, lambda: _check_alive(processes))
+                requests = _settled_requests(rollout)
+                counts = rollout.rollout_counts()
+            servers = compared(requests, before, requests_reported(config.servers))
+        return training.finish(counts, servers)
+
+
 @contextmanager
-def _weights(options: DemoOptions) -> Iterator[Path]:
-    if options.keep_weights is not None:
-        yield options.keep_weights.resolve()
+def _places(options: DemoOptions, state: StateDirectory | None) -> Iterator[tuple[Path, Path]]:
+    """Make the directories of the weights and of the servers' logs."""
+    with ExitStack() as stack:
+
+        def temporary(of: str) -> Path:
+            made = tempfile.TemporaryDirectory(prefix=f"arealtrio-{of}-")
+            return Path(stack.enter_context(made))
+
+        weights = options.keep_weights or (state.weights if state else temporary("weights"))
+        logs = state.logs if state else temporary("demo")
+        logs.mkdir(exist_ok=True)
+        yield weights.resolve(), logs
+
+
+@contextmanager
+def _servers(
+    options: DemoOptions, weights: Path, logs: Path, out: TextIO
+) -> Iterator[tuple[Sequence[str], Sequence[ServerProcess]]]:
+    """Yield the servers' addresses, and the processes of those that are this demo's."""
+    if options.server_urls:
+        yield options.server_urls, ()
         return
-    with tempfile.TemporaryDirectory(prefix="arealtrio-weights-") as directory:
-        yield Path(directory)
+    out.write(f"starting {options.servers} server{'s' * (options.servers > 1)}\n")
+    out.flush()
+    flags = _server_flags(options)
+    with server_processes(options.servers, weights, logs, flags) as processes:
+        yield [process.url for process in processes], processes
+
+
+def _check_alive(processes: Sequence[ServerProcess]) -> None:
+    for process in processes:
+        process.check_alive()
 
 
 def _server_flags(options: DemoOptions) -> list[str]:
@@ -128,50 +121,22 @@ def _server_flags(options: DemoOptions) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def _config(options: DemoOptions, urls: Sequence[str]) -> RolloutConfig:
+def _config(
+    options: DemoOptions, urls: Sequence[str], state: StateDirectory | None
+) -> RolloutConfig:
     return RolloutConfig(
         backend="vllm",
         servers=urls,
         schedule_policy=options.schedule_policy,
-        max_concurrent_rollouts=SLOTS_PER_SERVER * options.servers,
+        max_concurrent_rollouts=SLOTS_PER_SERVER * len(urls),
         consumer_batch_size=options.batch_size,
         max_staleness=options.max_staleness,
         seed=options.seed,
         # The servers, and the trainer's numpy, compete for this machine: a short wait says nothing.
         slow_step_warning_s=5.0,
-        min_updated=options.servers,  # a lost server ends the demo: nothing here would replace it
-    )
-
-
-def _train(
-    options: DemoOptions,
-    rollout: RolloutController,
-    trainer: PolicyTrainer,
-    processes: Sequence[ServerProcess],
-    weights: Path,
-    out: TextIO,
-) -> DemoReport:
-    prompts, workflow, tally = Prompts(options.seed), BudgetWorkflow(), Tally()
-    base = trainer.model
-    started = time.monotonic()
-    for number in range(1, options.steps + 1):
-        batch = rollout.prepare_batch(prompts, workflow, group_size=options.group_size)
-        step = trainer.step(batch.padded())  # rollouts go on meanwhile
-        path = weights / f"v{number}"
-        (base if options.freeze_weights else trainer.model).save(path)
-        for process in processes:
-            process.check_alive()
-        rollout.update_weights(WeightUpdate.from_disk(path, version=number))
-        tally.add(batch, step)
-        seconds = time.monotonic() - started
-        out.write(progress_line(number, options.steps, batch, step, seconds) + "\n")
-        out.flush()
-    requests = _settled_requests(rollout)
-    return tally.report(
-        rollouts=rollout.rollout_counts(),
-        seconds=seconds,
-        weight_updates=options.steps,
-        servers=_compared(requests, trio.run(_requests_reported, list(requests))),
+        min_updated=len(urls),  # a lost server ends the demo: nothing here would replace it
+        ledger_path=None if state is None else str(state.ledger),
+        ledger_flush_s=LEDGER_FLUSH_S,
     )
 
 
@@ -180,22 +145,3 @@ def _settled_requests(rollout: RolloutController) -> dict[str, int]:
     rollout.pause()
     rollout.drain(DRAIN_TIMEOUT_S)
     return {server.address: server.requests for server in rollout.statistics()}
-
-
-def _compared(
-    requests: Mapping[str, int], reported: Mapping[str, int]
-) -> dict[str, dict[str, int]]:
-    return {
-        address: {"requests": count, "requests_reported": reported[address]}
-        for address, count in requests.items()
-    }
-
-
-async def _requests_reported(addresses: Sequence[str]) -> dict[str, int]:
-    """Ask each server how many generation requests it has received."""
-    async with HttpTransport() as transport:
-        limits, ask = TimeLimits.of(METRICS_TIMEOUT_S), HttpRequest("GET", "/metrics")
-        pages = {url: await transport.request(url, ask, limits) for url in addresses}
-    wanted = {_REQUESTS_METRIC: True}
-    read = {url: metrics.read_samples(page, "the server", wanted) for url, page in pages.items()}
-    return {url: int(sum(samples[_REQUESTS_METRIC])) for url, samples in read.items()}

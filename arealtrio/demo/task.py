@@ -61,21 +61,24 @@ def reward_fn(
 
 
 class Prompts:
-    """An endless data loader; every iteration starts over with the same prompts.
+    """A data loader; every iteration starts over with the same prompts.
 
     Keys take turns, so that no batch is easier than another by chance. A prompt is a dict of
     ``prompt_id``, ``input_ids`` and ``max_new_tokens``.
 
     Args:
         seed: Of salt and lengths, on which alone the prompts depend.
+        count: How many there are; None is endless.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, count: int | None = None) -> None:
         self._seed = seed
+        self._count = count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(self._seed)
-        for number in itertools.count():
+        numbers = itertools.count() if self._count is None else range(self._count)
+        for number in numbers:
             salt = rng.integers(FIRST_ANSWER_ID, VOCAB_SIZE, size=2).tolist()
             length = round(rng.lognormal(math.log(MEDIAN_LENGTH), LENGTH_SIGMA))
             yield {

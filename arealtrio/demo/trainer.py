@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..embedded.model import TinyModel
+from ..embedded.model import TinyModel, Weights
 from ..types import Float32Array, Int32Array
-from .adam import Adam
+from .adam import Adam, arrays_of
 
 # What ``Batch.padded()`` returns: B rows, T columns. The trainer reads input_ids int32[B, T],
 # loss_mask int32[B, T] (1 on generated tokens), logprobs float32[B, T] (as they were sampled),
@@ -136,6 +136,21 @@ class PolicyTrainer:
             importance_mean=float(importance.mean()),
             tokens=len(tokens),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` goes on from, bit for bit: plain values, as for JSON."""
+        arrays = self.model.weights.arrays()
+        return {
+            "weights": {name: array.tolist() for name, array in arrays.items()},
+            "adam": self._adam.state_dict(),
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned, with the next step that it would have made."""
+        self.model = replace(self.model, weights=Weights(**arrays_of(state["weights"])))
+        self._adam.load_state_dict(state["adam"])
+        self._rng.bit_generator.state = state["rng"]
 
     def _shuffled(self, count: int) -> list[npt.NDArray[np.int64]]:
         """Return the rows of each minibatch of each pass; none is empty."""

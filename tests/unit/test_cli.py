@@ -20,6 +20,8 @@ from arealtrio.errors import NoServerAvailable, TooManyFailures
 
 REPORT = DemoReport(
     steps=1,
+    prompts=16,
+    prompts_repeated=0,
     reward_first=0.25,
     reward_last=0.5,
     rollouts={"accepted": 16},

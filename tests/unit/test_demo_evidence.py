@@ -15,7 +15,7 @@ import trio
 from click.testing import CliRunner
 
 from arealtrio import cli
-from arealtrio.demo import run
+from arealtrio.demo import training
 from arealtrio.demo.trainer import PolicyTrainer, StepReport, TrainingBatch
 from arealtrio.embedded.serve import ServerSettings, running_server
 
@@ -45,7 +45,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
             return super().step(batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "PolicyTrainer", RecordingTrainer)
+        patch.setattr(training, "PolicyTrainer", RecordingTrainer)
         numbers = str(at / "numbers.json")
         options = ["--quiet", "--keep-weights", str(found.weights), "--json", numbers]
         result = CliRunner().invoke(cli.main, ["demo", "--steps", str(STEPS), *options])

@@ -37,8 +37,6 @@ def step(reward: float, tokens: int = 3) -> StepReport:
 def report_of(tally: Tally) -> DemoReport:
     return tally.report(
         rollouts={"submitted": 12345, "queued": 0, "accepted": 12345},
-        seconds=12.0,
-        weight_updates=len(tally.rewards),
         servers={"http://127.0.0.1:65535": {"requests": 12345, "requests_reported": 12345}},
     )
 

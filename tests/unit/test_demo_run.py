@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arealtrio.demo import run
+from arealtrio.demo import training
 from arealtrio.demo.run import DemoOptions, run_demo
 from arealtrio.demo.task import base_model
 from arealtrio.embedded.model import TinyModel
@@ -25,7 +25,8 @@ def test_twenty_steps_of_asynchronous_training_teach_the_task(seed: int) -> None
     assert 1 <= report.staleness_max <= 4
     assert report.mixed_version_trajectories > 0
     assert sum(report.staleness_histogram.values()) == 20 * 16 * 4
-    assert report.rollouts["accepted"] >= 20 * 16
+    assert report.rollouts["accepted"] == report.prompts == 20 * 16
+    assert report.prompts_repeated == 0
     assert report.rollouts["failed"] == report.rollouts["running"] == 0
     assert (report.steps, report.weight_updates, len(report.servers)) == (20, 20, 4)
     for counts in report.servers.values():
@@ -59,7 +60,7 @@ def test_a_server_that_dies_ends_the_demo_with_its_name(monkeypatch: pytest.Monk
             embedded_servers()[0].kill()
         return ""
 
-    monkeypatch.setattr(run, "progress_line", kill_a_server)
+    monkeypatch.setattr(training, "progress_line", kill_a_server)
     with pytest.raises(NoServerAvailable, match=r"http://127.* ended with status -9"):
         run_demo(DemoOptions(servers=2, steps=1000), io.StringIO())
     assert embedded_servers() == []

@@ -1,6 +1,7 @@
-"""A real trainer, killed by SIGKILL at random moments: what it loses, and what it does twice.
+"""The demo, killed by SIGKILL at random moments: what it loses, and what it does twice.
 
-``AREALTRIO_KILLS`` says how often, ``AREALTRIO_KILL_SEED`` when.
+The servers run on, and count. ``AREALTRIO_KILLS`` says how often it is killed,
+``AREALTRIO_KILL_SEED`` when.
 """
 
 from __future__ import annotations
@@ -14,23 +15,35 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from arealtrio.demo.task import base_model
+from arealtrio.demo.options import DemoOptions
+from arealtrio.demo.run import LEDGER_FLUSH_S
+from arealtrio.demo.task import Prompts, base_model
+from arealtrio.embedded.sampling import SamplingParams
 from arealtrio.embedded.serve import ServerSettings, running_server
-
-from .ledger_trainer import FLUSH_S, GROUP
 
 KILLS = int(os.environ.get("AREALTRIO_KILLS", "20"))
 SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
 SERVERS = 2
-PROMPTS = 80 + 20 * KILLS
+OPTIONS = DemoOptions(steps=5 + 5 * KILLS // 4, group_size=2, max_staleness=2)
 REQUESTS_MAX = 80  # before a kill: of a first window, or of some steps after it
+
+
+def known_by(token_ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """What tells a prompt at a server, which does not see its id; a continuation of it, too."""
+    return (*token_ids[:3], len(token_ids) + max_tokens)
+
+
+NAMES = {
+    known_by(prompt["input_ids"], prompt["max_new_tokens"]): prompt["prompt_id"]
+    for prompt in Prompts(OPTIONS.seed, OPTIONS.prompts)
+}
 
 
 class Watched:
@@ -41,11 +54,14 @@ class Watched:
         self.more = trio.Event()
 
     def watch(self, submit: Callable[..., Any]) -> Callable[..., Any]:
-        def call(request_id: str, *args: Any, **kwargs: Any) -> Any:
-            self.asked.append(request_id.partition(".")[0].rpartition("-")[2])
+        def call(
+            request_id: str, token_ids: Sequence[int], params: SamplingParams, **more: Any
+        ) -> Any:
+            assert params.max_tokens is not None
+            self.asked.append(NAMES[known_by(token_ids, params.max_tokens)])
             self.more.set()
             self.more = trio.Event()
-            return submit(request_id, *args, **kwargs)
+            return submit(request_id, token_ids, params, **more)
 
         return call
 
@@ -60,7 +76,7 @@ def finished(directory: Path) -> set[str]:
     Those of weights newer than the checkpoint's are to be made again.
     """
     checkpoint = directory / "checkpoint.json"
-    state = json.loads(checkpoint.read_text())["rollout"] if checkpoint.exists() else {}
+    state = (checkpoint.exists() and json.loads(checkpoint.read_text())["rollout"]) or {}
     if not (directory / "ledger").exists():
         return set()
     copy = directory / "copy"
@@ -84,25 +100,27 @@ async def live(
     directory: Path, urls: list[str], watched: Watched, kill_after: int | None, rng: random.Random
 ) -> bool:
     """One life of the trainer; say whether it was killed, and not at its end already."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.unit.ledger_trainer",
-        str(directory),
-        str(PROMPTS),
-        *urls,
-    ]
+    options = {
+        "--state": directory,
+        "--steps": OPTIONS.steps,
+        "--group-size": OPTIONS.group_size,
+        "--max-staleness": OPTIONS.max_staleness,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    servers = [word for url in urls for word in ("--server", url)]
     process = await trio.lowlevel.open_process(
-        command, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "arealtrio", "demo", *words, *servers],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     try:
         async with trio.open_nursery() as nursery:
             if kill_after is not None:
 
                 async def kill() -> None:
                     await watched.until(len(watched.asked) + kill_after)
-                    await trio.sleep(rng.uniform(0, 5 * FLUSH_S))  # the moment is to be any
+                    await trio.sleep(rng.uniform(0, 2 * LEDGER_FLUSH_S))  # the moment is to be any
                     process.send_signal(signal.SIGKILL)
 
                 nursery.start_soon(kill)
@@ -119,7 +137,9 @@ async def test_a_trainer_killed_at_random_moments_trains_every_prompt_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(SEED)
+    assert len(NAMES) == OPTIONS.prompts
     base_model().save(tmp_path / "v0")
+    state = tmp_path / "state"
     watched = Watched()
     async with trio.open_nursery() as nursery:
         urls = []
@@ -131,21 +151,25 @@ async def test_a_trainer_killed_at_random_moments_trains_every_prompt_once(
         kept: set[str] = set()
         for _ in range(KILLS):
             before = len(watched.asked)
-            kills += await live(tmp_path, urls, watched, rng.randint(1, REQUESTS_MAX), rng)
+            kills += await live(state, urls, watched, rng.randint(1, REQUESTS_MAX), rng)
             again = kept & set(watched.asked[before:])
             assert not again, f"generated again though finished: {again} (seed {SEED})"
-            kept |= finished(tmp_path)
+            kept |= finished(state)
         before = len(watched.asked)
-        assert not await live(tmp_path, urls, watched, None, rng)
+        assert not await live(state, urls, watched, None, rng)
         assert not kept & set(watched.asked[before:])
         nursery.cancel_scope.cancel()
-    ended = json.loads((tmp_path / "checkpoint.json").read_text())
-    assert ended["ended"]
-    assert Counter(ended["trained"]) == Counter(str(n) for n in range(PROMPTS))
-    assert kills == KILLS
+    ended = json.loads((state / "checkpoint.json").read_text())
+    trained = Counter(ended["tally"]["prompts"])
+    assert trained == Counter(str(n) for n in range(OPTIONS.prompts))
+    report = ended["report"]
+    assert (report["prompts"], report["prompts_repeated"]) == (OPTIONS.prompts, 0)
+    assert (report["steps"], kills) == (OPTIONS.steps, KILLS)
+    assert report["staleness_max"] <= OPTIONS.max_staleness
     assert kept
     # What was generated twice was unfinished, not durable yet, or of weights that were lost.
-    assert GROUP * PROMPTS <= len(watched.asked) <= GROUP * PROMPTS * (1 + KILLS)
+    asked_once = OPTIONS.group_size * OPTIONS.prompts
+    assert asked_once <= len(watched.asked) <= asked_once * (1 + KILLS)
 
 
 async def serve(
