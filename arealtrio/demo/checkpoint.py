@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -91,17 +93,39 @@ class StateDirectory:
         """Where servers write what they have to say."""
         return self.path / "logs"
 
-    def open(self, options: Mapping[str, Any]) -> Checkpoint:
-        """Return the checkpoint to go on from; in a new or an empty directory, a first one.
+    @contextmanager
+    def opened(self, options: Mapping[str, Any]) -> Iterator[Checkpoint]:
+        """Keep others out for the length of a block; the end of this process lets them in, too.
 
         Args:
             options: Those of the run, which have to be the checkpoint's.
 
+        Yields:
+            The checkpoint to go on from; in a new or an empty directory, a first one.
+
         Raises:
-            ConfigError: The directory holds another run, or something else.
+            ConfigError: The directory holds another run, or something else; or another process
+                has it open.
             OSError: It can not be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(handle)
+            yield self._found(options)
+        finally:
+            os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path} is in use by another process; wait for its end, or choose another "
+                "directory"
+            ) from None
+
+    def _found(self, options: Mapping[str, Any]) -> Checkpoint:
         if (self.path / FILE).exists():
             found = Checkpoint.read(self.path / FILE)
             self._check(found.options, options)

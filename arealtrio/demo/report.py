@@ -18,10 +18,11 @@ _ENDS = 3  # batches at either end that the gain is measured over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """The numbers of a whole run; those of rollouts and servers are since it was last started.
+    """The numbers of a whole run; ``rollouts`` and ``servers`` since it was started last.
 
     Args:
         steps: Training steps done.
+        steps_before: Of these, those that were done when it was started last.
         prompts: Different prompts trained on.
         prompts_repeated: Times that one was trained on again; always 0.
         reward_first: Mean reward of the first three batches.
@@ -38,6 +39,7 @@ class DemoReport:
     """
 
     steps: int
+    steps_before: int
     prompts: int
     prompts_repeated: int
     reward_first: float
@@ -70,7 +72,9 @@ class DemoReport:
         trained = sum(self.staleness_histogram.values())
         yield "reward", f"{self.reward_first:.3f} at first, {self.reward_last:.3f} at last"
         yield "prompts", f"{self.prompts:,} trained on, {self.prompts_repeated} of them twice"
-        yield "groups", ", ".join(f"{n} {name}" for name, n in self.rollouts.items() if n)
+        since = f" since step {self.steps_before}" if self.steps_before else ""
+        groups = ", ".join(f"{n} {name}" for name, n in self.rollouts.items() if n)
+        yield "groups", groups + since
         yield "tokens", f"{self.tokens:,} in {self.seconds:.1f} s"
         yield "staleness", f"{self.staleness_max} versions at most; {self._ages(trained)}"
         yield "mixed", f"{self.mixed_version_trajectories:,} of {trained:,} trajectories"
@@ -129,12 +133,14 @@ class Tally:
     def report(
         self,
         *,
+        steps_before: int,
         rollouts: Mapping[str, int],
         servers: Mapping[str, Mapping[str, int]],
     ) -> DemoReport:
         """Return the run's report; see there for the arguments."""
         return DemoReport(
             steps=len(self.rewards),
+            steps_before=steps_before,
             prompts=len(set(self.prompts)),
             prompts_repeated=len(self.prompts) - len(set(self.prompts)),
             reward_first=float(np.mean(self.rewards[:_ENDS])),

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from ..config import RolloutConfig
 from ..controller import RolloutController
+from ..errors import NoServerAvailable, WeightUpdateError
 from .checkpoint import Checkpoint, StateDirectory
 from .counts import compared, requests_reported
 from .fleet import ServerProcess, server_processes
@@ -46,15 +47,17 @@ def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:
         ArealTrioError: A server did not start, died, or did not take the weights.
         OSError: Weights or state cannot be written.
     """
-    state = None if options.state is None else StateDirectory(options.state.resolve())
-    saved = Checkpoint(options=options.of_the_run())
-    if state is not None:
-        saved = state.open(options.of_the_run())
-    if saved.report is not None:
-        out.write(f"{options.state} holds a run that has finished; another directory begins anew\n")
-        report = DemoReport.from_dict(saved.report)
-    else:
-        report = _run(options, state, saved, out)
+    with ExitStack() as stack:
+        state = None
+        saved = Checkpoint(options=options.of_the_run())
+        if options.state is not None:
+            state = StateDirectory(options.state.resolve())
+            saved = stack.enter_context(state.opened(options.of_the_run()))
+        if saved.report is None:
+            report = _run(options, state, saved, out)
+        else:
+            out.write("this run has finished; to begin anew, choose another directory\n")
+            report = DemoReport.from_dict(saved.report)
     out.writelines(f"{line}\n" for line in report.lines())
     return report
 
@@ -69,7 +72,8 @@ def _run(
             config = _config(options, urls, state)
             before = requests_reported(config.servers)
             with RolloutController(config) as rollout:
-                training.take_up(rollout)
+                with _hint(options, first):
+                    training.take_up(rollout)
                 training.train(rollout, lambda: _check_alive(processes))
                 requests = _settled_requests(rollout)
                 counts = rollout.rollout_counts()
@@ -105,6 +109,22 @@ def _servers(
     flags = _server_flags(options)
     with server_processes(options.servers, weights, logs, flags) as processes:
         yield [process.url for process in processes], processes
+
+
+@contextmanager
+def _hint(options: DemoOptions, weights: Path) -> Iterator[None]:
+    """Say of somebody else's servers how they are to be started, where they take no weights."""
+    try:
+        yield
+    except WeightUpdateError as exc:
+        if not options.server_urls:
+            raise
+        kept = options.state is not None or options.keep_weights is not None
+        where = weights if kept else "DIR/v0, where DIR is what --keep-weights left"
+        raise NoServerAvailable(
+            f"{exc}. A server for the demo is started with its model: arealtrio serve --weights "
+            f"{where}"
+        ) from exc
 
 
 def _check_alive(processes: Sequence[ServerProcess]) -> None:

@@ -55,6 +55,7 @@ class Training:
         self._tally = Tally()
         if saved.trainer is not None and saved.tally is not None:
             self._load(saved.trainer, saved.tally)
+        self._steps_before = self.step
 
     def _load(self, trainer: Mapping[str, Any], tally: Mapping[str, Any]) -> None:
         try:
@@ -144,7 +145,9 @@ class Training:
         self, rollouts: Mapping[str, int], servers: Mapping[str, Mapping[str, int]]
     ) -> DemoReport:
         """Return the report of a run that has come to its end; see ``Tally.report``."""
-        report = self._tally.report(rollouts=rollouts, servers=servers)
+        report = self._tally.report(
+            steps_before=self._steps_before, rollouts=rollouts, servers=servers
+        )
         if self._state is not None:
             self._write(self._state, report=report.as_dict())
         return report

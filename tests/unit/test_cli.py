@@ -20,6 +20,7 @@ from arealtrio.errors import NoServerAvailable, TooManyFailures
 
 REPORT = DemoReport(
     steps=1,
+    steps_before=0,
     prompts=16,
     prompts_repeated=0,
     reward_first=0.25,

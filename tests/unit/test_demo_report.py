@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,6 +37,7 @@ def step(reward: float, tokens: int = 3) -> StepReport:
 
 def report_of(tally: Tally) -> DemoReport:
     return tally.report(
+        steps_before=3,
         rollouts={"submitted": 12345, "queued": 0, "accepted": 12345},
         servers={"http://127.0.0.1:65535": {"requests": 12345, "requests_reported": 12345}},
     )
@@ -68,6 +70,27 @@ def test_the_report_survives_json() -> None:
     read = json.loads(json.dumps(report_of(tally).as_dict()))
     assert read["staleness_histogram"] == {"0": 1, "2": 1}
     assert read["servers"]["http://127.0.0.1:65535"]["requests_reported"] == 12345
+
+
+def test_a_report_and_a_tally_come_back_from_json() -> None:
+    tally = Tally()
+    tally.add(batch(3, row(1), row(3)), step(0.25))
+    tally.seconds = 1.5
+    read = Tally.from_dict(json.loads(json.dumps(tally.as_dict())))
+    assert read == tally
+    read.add(batch(4, row(2)), step(0.5))
+    assert (read.ages, read.prompts) == ({0: 1, 2: 2}, ["", ""])
+    report = report_of(read)
+    assert (report.prompts, report.prompts_repeated, report.seconds) == (1, 1, 1.5)
+    assert DemoReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+
+
+def test_what_was_counted_since_a_restart_says_so() -> None:
+    tally = Tally()
+    tally.add(batch(3, row(1)), step(0.25))
+    whole = replace(report_of(tally), steps_before=0)
+    assert "accepted since step 3" in " ".join(report_of(tally).lines())
+    assert "since" not in " ".join(whole.lines())
 
 
 def test_no_line_is_wider_than_a_terminal() -> None:

@@ -52,6 +52,11 @@ def test_prompts_depend_on_the_seed_alone() -> None:
     assert [p["input_ids"] for p in first] != [p["input_ids"] for p in take(Prompts(seed=4), 50)]
 
 
+def test_a_count_ends_them_and_changes_none() -> None:
+    assert list(Prompts(seed=3, count=50)) == take(Prompts(seed=3), 50)
+    assert list(Prompts(count=0)) == []
+
+
 def test_keys_take_turns_and_no_prompt_id_comes_twice() -> None:
     prompts = take(Prompts(), 600)
     assert [p["input_ids"][0] for p in prompts[:8]] == [*KEYS, *KEYS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -171,3 +172,16 @@ def test_adam_takes_the_first_step_of_its_paper() -> None:
     moved = Adam(0.1).ascend(weights, gradient)
     np.testing.assert_allclose(moved.embedding - weights.embedding, 0.1, rtol=1e-4)
     np.testing.assert_allclose(moved.output - weights.output, -0.1, rtol=1e-4)
+
+
+def test_a_trainer_goes_on_from_its_state_to_the_last_bit() -> None:
+    """By way of JSON: its weights, Adam's moments, and the order of its minibatches."""
+    trainer = PolicyTrainer(base_model(), seed=1)
+    trainer.step(one_batch(trainer.model))
+    other = PolicyTrainer(base_model(5), seed=2)
+    other.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
+    rows = one_batch(trainer.model, seed=3)
+    assert trainer.step(rows) == other.step(rows)
+    ours, theirs = (one.model.weights.arrays() for one in (trainer, other))
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    assert {array.dtype for array in theirs.values()} == {np.dtype(np.float32)}
