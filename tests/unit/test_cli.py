@@ -65,6 +65,33 @@ def test_options_reach_the_demo(asked: list[Any], tmp_path: Path) -> None:
     assert (options.freeze_weights, options.keep_weights) == (True, tmp_path)
 
 
+def test_a_state_and_servers_that_run_already_reach_it(asked: list[Any], tmp_path: Path) -> None:
+    servers = ["--server", "http://a:1", "--server", "http://b:2"]
+    result = invoke("demo", "--state", str(tmp_path / "run"), *servers)
+    assert result.exit_code == 0
+    (options,) = asked
+    assert (options.state, options.server_urls) == (tmp_path / "run", ("http://a:1", "http://b:2"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "every server has ended"),
+        (["--server", "http://a:1"], "the servers run on"),
+        (["--state", "."], "every server has ended; the same command goes on from there"),
+    ],
+)
+def test_who_interrupts_it_is_told_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    def interrupt(*_: object) -> DemoReport:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_demo", interrupt)
+    result = invoke("demo", *arguments)
+    assert (result.exit_code, result.output) == (130, f"interrupted; {words}\n")
+
+
 def test_the_numbers_go_into_a_file_and_quiet_is_quiet(asked: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
     result = invoke("demo", "--quiet", "--json", str(file))
@@ -87,6 +114,9 @@ def test_the_numbers_go_into_a_file_and_quiet_is_quiet(asked: list[Any], tmp_pat
         (["serve", "--weights", "x", "--port", "99999"], "Invalid value for '--port'"),
         (["serve", "--weights", "x", "--max-num-seqs", "0"], "Invalid value for '--max-num-seqs'"),
         (["demo", "--keep-weights", "/proc/no/such"], "/proc/no/such can not be made"),
+        (["demo", "--state", "/proc/no/such"], "/proc/no/such can not be made"),
+        (["demo", "--state", __file__], "Invalid value for '--state'"),
+        (["demo", "--server", "http://a:1", "--servers", "4"], "contradict each other"),
     ],
 )
 def test_a_wrong_argument_is_one_error_and_runs_nothing(

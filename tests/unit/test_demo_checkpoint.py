@@ -49,7 +49,8 @@ def test_one_that_is_cut_off_while_it_is_written_leaves_the_one_before(
     with directory.opened(OPTIONS):
         directory.write(LATER)
         with monkeypatch.context() as patch:
-            patch.setattr(*((os, call) if call == "fsync" else (Path, call)), cut_off)
+            where: object = os if call == "fsync" else Path
+            patch.setattr(where, call, cut_off)
             with pytest.raises(KeyboardInterrupt):
                 directory.write(replace(LATER, report={"steps": 1}))
     with directory.opened(OPTIONS) as found:
