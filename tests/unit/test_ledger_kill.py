@@ -31,7 +31,7 @@ from arealtrio.embedded.serve import ServerSettings, running_server
 KILLS = int(os.environ.get("AREALTRIO_KILLS", "20"))
 SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
 SERVERS = 2
-OPTIONS = DemoOptions(steps=5 + 5 * KILLS // 4, group_size=2, max_staleness=2)
+OPTIONS = DemoOptions(steps=8 + KILLS, group_size=2, max_staleness=2)
 REQUESTS_MAX = 80  # before a kill: of a first window, or of some steps after it
 
 
@@ -96,6 +96,14 @@ def finished(directory: Path) -> set[str]:
     return {mark for (mark,) in rows}
 
 
+def kept_compiled(directory: Path) -> dict[str, str]:
+    """Variables that spare every life but the first the compiling, which is much of a short one."""
+    if not sys.dont_write_bytecode:
+        return {}
+    where = str(directory / "compiled")
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": where}
+
+
 async def live(
     directory: Path, urls: list[str], watched: Watched, kill_after: int | None, rng: random.Random
 ) -> bool:
@@ -112,7 +120,7 @@ async def live(
         [sys.executable, "-m", "arealtrio", "demo", *words, *servers],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **kept_compiled(directory.parent)},
     )
     try:
         async with trio.open_nursery() as nursery:
