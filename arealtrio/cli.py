@@ -58,6 +58,8 @@ def main() -> None:
               help="Weight versions that a trained token may be behind.")  # fmt: skip
 @click.option("--schedule-policy", type=click.Choice(SCHEDULE_POLICIES), default="least_request",
               show_default=True, help="How a request finds its server.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
+              help="Prompts in a training batch.")  # fmt: skip
 @click.option("--group-size", type=click.IntRange(1), default=4, show_default=True,
               help="Answers to each prompt.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,

@@ -56,12 +56,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_options_reach_the_demo(asked: list[Any], tmp_path: Path) -> None:
     words = "--steps 3 --servers 2 --max-staleness 1 --schedule-policy round_robin --seed 5"
-    more = f"--group-size 8 --freeze-weights --keep-weights {tmp_path}"
+    more = f"--group-size 8 --batch-size 6 --freeze-weights --keep-weights {tmp_path}"
     result = invoke("demo", *words.split(), *more.split())
     assert (result.exit_code, result.output) == (0, "a line\n")
     (options,) = asked
     assert (options.steps, options.servers, options.max_staleness, options.seed) == (3, 2, 1, 5)
     assert (options.schedule_policy, options.group_size) == ("round_robin", 8)
+    assert options.batch_size == 6
     assert (options.freeze_weights, options.keep_weights) == (True, tmp_path)
 
 

@@ -31,7 +31,7 @@ from arealtrio.embedded.serve import ServerSettings, running_server
 KILLS = int(os.environ.get("AREALTRIO_KILLS", "20"))
 SEED = int(os.environ.get("AREALTRIO_KILL_SEED", "0"))
 SERVERS = 2
-OPTIONS = DemoOptions(steps=8 + KILLS, group_size=2, max_staleness=2)
+OPTIONS = DemoOptions(steps=10 + 2 * KILLS, batch_size=8, group_size=2, max_staleness=2)
 REQUESTS_MAX = 80  # before a kill: of a first window, or of some steps after it
 
 
@@ -111,6 +111,7 @@ async def live(
     options = {
         "--state": directory,
         "--steps": OPTIONS.steps,
+        "--batch-size": OPTIONS.batch_size,
         "--group-size": OPTIONS.group_size,
         "--max-staleness": OPTIONS.max_staleness,
     }
