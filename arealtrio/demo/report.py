@@ -74,7 +74,7 @@ class DemoReport:
         yield "prompts", f"{self.prompts:,} trained on, {self.prompts_repeated} of them twice"
         since = f" since step {self.steps_before}" if self.steps_before else ""
         groups = ", ".join(f"{n} {name}" for name, n in self.rollouts.items() if n)
-        yield "groups", groups + since
+        yield "groups", (groups or "none") + since
         yield "tokens", f"{self.tokens:,} in {self.seconds:.1f} s"
         yield "staleness", f"{self.staleness_max} versions at most; {self._ages(trained)}"
         yield "mixed", f"{self.mixed_version_trajectories:,} of {trained:,} trajectories"

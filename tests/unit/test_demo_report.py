@@ -90,6 +90,8 @@ def test_what_was_counted_since_a_restart_says_so() -> None:
     tally.add(batch(3, row(1)), step(0.25))
     whole = replace(report_of(tally), steps_before=0)
     assert "accepted since step 3" in " ".join(report_of(tally).lines())
+    nothing = replace(report_of(tally), rollouts={"submitted": 0})
+    assert "groups none since step 3" in " ".join(" ".join(nothing.lines()).split())
     assert "since" not in " ".join(whole.lines())
 
 
