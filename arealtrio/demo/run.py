@@ -21,7 +21,7 @@ from .counts import compared, requests_reported
 from .fleet import ServerProcess, server_processes
 from .options import DemoOptions
 from .report import DemoReport
-from .training import Training
+from .training import Training, report_in
 
 __all__ = ["DemoOptions", "run_demo"]
 
@@ -53,11 +53,11 @@ def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:
         if options.state is not None:
             state = StateDirectory(options.state.resolve())
             saved = stack.enter_context(state.opened(options.of_the_run()))
-        if saved.report is None:
+        report = report_in(saved)
+        if report is None:
             report = _run(options, state, saved, out)
         else:
             out.write("this run has finished; to begin anew, choose another directory\n")
-            report = DemoReport.from_dict(saved.report)
     out.writelines(f"{line}\n" for line in report.lines())
     return report
 

@@ -21,6 +21,21 @@ from .task import BudgetWorkflow, Prompts, base_model
 from .trainer import PolicyTrainer
 
 STEPS_PER_CHECKPOINT = 2  # in a real run, too, a checkpoint is too large for one every step
+NO_VALUES = (KeyError, TypeError, ValueError, AttributeError)  # what a damaged checkpoint raises
+
+
+def report_in(saved: Checkpoint) -> DemoReport | None:
+    """Return the report of a run that has finished; None of one that has not.
+
+    Raises:
+        ConfigError: The checkpoint holds something else in its place.
+    """
+    if saved.report is None:
+        return None
+    try:
+        return DemoReport.from_dict(saved.report)
+    except NO_VALUES as exc:
+        raise ConfigError("the checkpoint holds no report; choose another directory") from exc
 
 
 class Training:
@@ -61,7 +76,7 @@ class Training:
         try:
             self._trainer.load_state_dict(trainer)
             self._tally = Tally.from_dict(tally)
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except NO_VALUES as exc:
             raise ConfigError("the checkpoint holds no trainer; choose another directory") from exc
 
     @property

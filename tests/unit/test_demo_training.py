@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -146,6 +147,11 @@ def test_a_checkpoint_without_sense_is_refused(options: DemoOptions) -> None:
     for name, value in (("trainer", {}), ("tally", {"rewards": [1]}), ("trainer", [])):
         file.write_text(json.dumps({**saved, "report": None, name: value}))
         with pytest.raises(ConfigError, match="holds no trainer"):
+            run_demo(options, io.StringIO())
+    nonsense: list[Any] = [{}, [], {"staleness_histogram": {}}]
+    for report in nonsense:
+        file.write_text(json.dumps({**saved, "report": report}))
+        with pytest.raises(ConfigError, match="holds no report"):
             run_demo(options, io.StringIO())
 
 
