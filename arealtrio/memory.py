@@ -178,37 +178,72 @@ async def _attempt_wake(
             await _check_not_restarted(pool, server)
             for tag in pool.dialect.memory_tags:
                 if tags is None or tag in tags:
-                    await wake(pool, server, (tag,))
+                    await wake(pool, server, tag)
             if server.tainted and not server.asleep:
                 pool.mark_stale(server, "its weights did not survive its sleep")
         except RolloutError as exc:
             failed[server.address] = str(exc)
+            server.unwoken |= dict.fromkeys(server.asleep, False)
             server.asleep = set()
             await pool.pausing.freeze(server, f"not woken: {exc}")
 
 
 async def _check_not_restarted(pool: ServerPool, server: Server) -> None:
-    """Raise for a server that lost our label: another process, which let go of nothing."""
-    if not server.labelled:
-        return
-    limits = pool.config.control_limits(pool.config.control_timeout_s)
-    response = await pool.send(server, pool.dialect.weight_version(), limits)
-    if pool.dialect.parse_weight_version(response) is None:
+    """Raise for a server that was restarted: another process, which let go of nothing."""
+    if await _was_restarted(pool, server):
+        server.asleep = set()
         raise ProtocolError("it was restarted while it slept")
 
 
-async def wake(pool: ServerPool, server: Server, tags: Sequence[str]) -> None:
-    """Wake what sleeps of ``tags``, if anything; nothing is ever woken twice.
+async def _was_restarted(pool: ServerPool, server: Server) -> bool:
+    """Whether a server lost our label."""
+    if not server.labelled:
+        return False
+    limits = pool.config.control_limits(pool.config.control_timeout_s)
+    response = await pool.send(server, pool.dialect.weight_version(), limits)
+    return pool.dialect.parse_weight_version(response) is None
+
+
+async def wake(pool: ServerPool, server: Server, tag: str) -> None:
+    """Wake what sleeps of one tag, if it sleeps; nothing is ever woken twice.
 
     Raises:
         RolloutError: If the server did not confirm it.
     """
-    wanted = [tag for tag in tags if tag in server.asleep]
-    if wanted:
-        server.asleep.difference_update(wanted)
-        try:
-            await pool.control(server, pool.dialect.wake(wanted), pool.config.update_timeout_s)
-        except trio.Cancelled:  # whether it is awake is not known
-            server.frozen = server.tainted = True
-            pool.mark_stale(server, "its waking was cut short")
-            raise
+    if tag not in server.asleep:
+        return
+    server.asleep.discard(tag)
+    server.unwoken[tag] = True
+    try:
+        await pool.control(server, pool.dialect.wake((tag,)), pool.config.update_timeout_s)
+    except TransportError as exc:
+        server.unwoken[tag] = exc.request_sent
+        raise
+    except trio.Cancelled:
+        server.frozen = server.tainted = True
+        pool.mark_stale(server, "its waking was cut short")
+        raise
+    del server.unwoken[tag]
+
+
+async def rouse(pool: ServerPool, server: Server) -> None:
+    """Wake what a server did not confirm to have taken back, before it is used again.
+
+    Raises:
+        RolloutError: If it did not confirm that either; or may not be asked, as it may be awake.
+    """
+    if not server.unwoken:
+        return
+    if await _was_restarted(pool, server):
+        server.unwoken.clear()
+        return
+    known = server.labelled and not any(server.unwoken.values())
+    if not known and not pool.dialect.wakes_twice:
+        raise RolloutError(
+            "it did not confirm that it woke, and a server that is awake dies when it is woken: "
+            "restart it"
+        )
+    for tag in pool.dialect.memory_tags:
+        if tag in server.unwoken:
+            server.asleep.add(tag)
+            await wake(pool, server, tag)

@@ -56,6 +56,8 @@ class Server:
             knows whether before or after them.
         base_version: The weights of its base model, without adapters.
         asleep: The memory that it let go of, by the dialect's tags.
+        unwoken: The memory that it was to take back and did not confirm to have, by tag: whether it
+            may have it all the same.
         held: Pause scopes that hold it now.
         trial_cap: Requests it may have while it proves itself after a failure; None: its cap.
         pressure_cap: Requests it may have while it is short of cache; None: its cap.
@@ -82,6 +84,7 @@ class Server:
     loading: bool = False
     base_version: int = 0
     asleep: set[str] = field(default_factory=set)
+    unwoken: dict[str, bool] = field(default_factory=dict)
     held: int = 0
     trial_cap: int | None = None
     pressure_cap: int | None = None

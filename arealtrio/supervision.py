@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import trio
 
 from .errors import RolloutError
+from .memory import rouse
 from .servers import (
     IN_SERVICE,
     OUT_OF_ORDER,
@@ -111,6 +112,7 @@ def _take_back(pool: ServerPool, server: Server) -> None:
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
     _notice_restart(server)
+    await rouse(pool, server)
     version = server.version
     if not _has_its_weights(pool, server):
         version, label = pool.version, server.info.weight_version
@@ -152,6 +154,7 @@ def _notice_restart(server: Server) -> None:
     """
     if server.label_seen and server.info.weight_version is None:
         server.labelled = server.label_seen = False
+        server.unwoken.clear()
         server.tainted = server.loading
         server.cut_off()
 

@@ -98,6 +98,7 @@ class Weights:
         return {"success": True, "message": message, "num_paused_requests": 0}
 
     async def _load(self, body: FromDisk) -> None:
+        self._check_there_is_room()
         try:
             await self._front.engine.reload(Path(body.model_path), body.weight_version, fatal=False)
         except EngineDead as exc:
@@ -108,6 +109,10 @@ class Weights:
         except ValueError as exc:
             message = f"Failed to update weights: {exc}.\nRolling back to original weights."
             raise failed(message, num_paused_requests=0) from exc
+
+    def _check_there_is_room(self) -> None:
+        if "weights" in self._front.released:
+            raise self._front.fatal("the memory of the weights is released")
 
     def can_flush(self) -> bool:
         """Whether nothing uses the cache: nothing runs, and nothing waits unless it is paused."""
@@ -175,6 +180,7 @@ class Weights:
     def _receive(self, body: FromDistributed) -> None:
         if not self._in_session:
             raise failed(NO_SESSION)
+        self._check_there_is_room()
         engine = self._front.engine
         try:
             self._check_group(body.group_name)

@@ -6,6 +6,7 @@ requests ask for tokens, and going through the application costs thrice as much.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from starlette.applications import Starlette
@@ -40,6 +41,10 @@ class Face(Protocol):
     def app_for(self, request: HttpRequest) -> AsgiApp:
         """What answers any other request. It raises what ``open`` does."""
 
+    @property
+    def asleep(self) -> Collection[str]:
+        """The memory that it let go of, by tag."""
+
 
 class _Routes:
     """An application, and the way to its endpoints."""
@@ -67,6 +72,11 @@ class VllmFace(_Routes):
         self._engine = engine
         self._settings = settings
 
+    @property
+    def asleep(self) -> Collection[str]:
+        """See ``Face``."""
+        return self._engine.asleep
+
     def open(self, request: HttpRequest) -> Reply | None:
         """See ``Face``."""
         kind = _KINDS.get(request.path)
@@ -87,6 +97,11 @@ class SglangFace(_Routes):
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._front = Frontend.of(engine, settings)
         super().__init__(sglang_app(engine, settings, self._front))
+
+    @property
+    def asleep(self) -> Collection[str]:
+        """See ``Face``."""
+        return self._front.released
 
     def open(self, request: HttpRequest) -> Reply | None:
         """See ``Face``."""

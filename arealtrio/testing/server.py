@@ -153,6 +153,11 @@ class SimulatedServer:
         return sum(1 for _ in _unfinished((*self._unnoticed, *self._deaf_to)))
 
     @property
+    def asleep(self) -> bool:
+        """Whether it let go of memory and was not told to take all of it back."""
+        return bool(self._face.asleep)
+
+    @property
     def isolated(self) -> bool:
         """Whether a partition cuts it off."""
         return self._unreached is not None

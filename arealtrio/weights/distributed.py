@@ -16,7 +16,7 @@ import trio
 
 from ..adapters import Adapter
 from ..errors import RequestRejected, RolloutError, TransportError, UsageError, WeightUpdateError
-from ..memory import wake
+from ..memory import rouse, wake
 from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from ..types import HttpRequest
 from .steps import check_base, updated
@@ -267,7 +267,8 @@ class _Reception:
         if server.address in self._failed:
             return
         try:
-            await wake(self._pool, server, ("weights",))
+            await rouse(self._pool, server)
+            await wake(self._pool, server, "weights")
             await self._open(server)
         except RolloutError:
             self._lost = server.address  # it will refuse the chunks, too

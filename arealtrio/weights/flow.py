@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import trio
 
 from ..errors import RolloutError, WeightUpdateError
-from ..memory import wake
+from ..memory import rouse, wake
 from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from ..types import HttpRequest
 from .adapters import load_adapter_everywhere
@@ -166,7 +166,8 @@ async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     if update.kind == "label":
         await pool.label(server, update.version)
         return
-    await wake(pool, server, ("weights",))
+    await rouse(pool, server)
+    await wake(pool, server, "weights")
     server.told, server.loading = update.version, True
     for request in pool.dialect.load_weights(update.path, update.version):
         await pool.control(server, request, pool.config.update_timeout_s)

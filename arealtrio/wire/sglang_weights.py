@@ -22,6 +22,7 @@ class SglangWeights:
     optional_routes = frozenset({"/begin_weight_update", "/end_weight_update"})
     memory_tags: tuple[str, ...] = ("weights", "cuda_graph", "kv_cache")
     weights_survive_sleep = False  # but with --enable-weights-cpu-backup
+    wakes_twice = False
     __slots__ = ()
 
     def init_group(self, place: GroupPlace) -> HttpRequest:

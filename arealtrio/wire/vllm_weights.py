@@ -27,6 +27,7 @@ class VllmWeights:
     optional_routes: frozenset[str] = frozenset()
     memory_tags: tuple[str, ...] = ("weights", "kv_cache")
     weights_survive_sleep = True  # in the host's memory, at level 1
+    wakes_twice = True  # it warns in its log
     __slots__ = ()
 
     def init_group(self, place: GroupPlace) -> HttpRequest:

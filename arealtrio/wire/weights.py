@@ -90,6 +90,8 @@ class WeightRequests(Protocol):
     """What ``sleep`` lets go of, and the order to wake it in; ``weights`` first."""
     weights_survive_sleep: bool
     """Whether a server that sleeps always keeps its weights somewhere, if it is asked to."""
+    wakes_twice: bool
+    """Whether a server that is awake may be told to wake; another dies of it."""
 
     def init_group(self, place: GroupPlace) -> HttpRequest:
         """Join the trainer's process group. Answered when the whole group has met."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -30,7 +30,7 @@ from arealtrio.testing import (
 )
 from arealtrio.types import HttpRequest, Outcome
 
-from ..unit.puppet import Instant, Puppet, prompts
+from ..unit.puppet import Generates, Instant, Puppet, prompts
 
 
 async def test_a_result_that_nobody_takes_in_time_gives_its_budget_back(
@@ -215,3 +215,39 @@ async def test_what_a_call_throws_away_was_not_delivered_too_late(
             nursery.cancel_scope.cancel()
         assert executor.counts.as_dict()["accepted"] == 1
         assert executor.staleness_violations == 0
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+@pytest.mark.parametrize("lost", ["the question", "the answer"])
+async def test_a_server_that_did_not_confirm_that_it_woke_is_not_used_asleep(
+    autojump_clock: MockClock, dialect: Literal["vllm", "sglang"], lost: str
+) -> None:
+    """It was given weights and requests; only a tag that was never asked for may be woken twice."""
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with simulated_executor(
+        servers=settings, probe_interval_s=0.5, consumer_batch_size=8
+    ) as (executor, fleet):
+        doubtful = fleet.servers[0]
+        update = WeightUpdate.from_disk(checkpoint(1), 1)
+        await executor.update_weights(update)
+        async with executor.offloaded():
+            kind = "server_error" if lost == "the question" else "reset"
+            wake = "/wake_up" if dialect == "vllm" else "/resume_memory_occupation"
+            fleet.faults.plan(kind, server=doubtful, path=wake, after_bytes=1)
+        server = executor.engine.pool.named(doubtful.address)
+        await trio.sleep(60)
+        if dialect == "sglang":
+            assert server.state.value == "stale"
+            assert "restart it" in server.reason
+            assert doubtful.asleep
+            result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(2), 2))
+            assert result.updated == (fleet.servers[1].address,)
+            doubtful.restart()
+            await trio.sleep(60)
+        assert server.state.value == "ready"
+        assert not doubtful.asleep
+        assert doubtful.scheduler.weight_version == str(executor.get_version())
+        for prompt in prompts(8):
+            executor.submit(prompt, Generates())
+        results = await executor.wait(8)
+        assert [result.outcome for result in results] == [Outcome.ACCEPTED] * 8

@@ -15,6 +15,7 @@ from .plan import MEMBERSHIP, Change
 from .trainer import Trainer
 
 SLOW = 10.0  # times slower
+ROUND_S = 20.0  # until an operator looks again
 
 
 class Chaos:
@@ -41,6 +42,19 @@ class Chaos:
             await trio.sleep_until(self._history.plan.horizon_s)
         self._fleet.faults.stop()
         self._history.note("all is well from here on")
+        await self._restart_what_sleeps_on()
+
+    async def _restart_what_sleeps_on(self) -> None:
+        """Do what the reason of a server asks for that nobody knows to be awake."""
+        while True:
+            await trio.sleep(ROUND_S)
+            executor = self._trainer.executor
+            servers = [] if executor is None else executor.engine.pool.servers
+            doubtful = [s.address for s in servers if "restart it" in s.reason and s.unwoken]
+            for server in self._fleet:
+                if server.address in doubtful:
+                    self._history.note(f"an operator restarts {server.address}")
+                    server.restart()
 
     def _apply(self, change: Change, nursery: trio.Nursery) -> None:
         server = self._fleet.servers[change.server]

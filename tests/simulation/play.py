@@ -99,6 +99,6 @@ async def _train(history: History, fleet: SimulatedFleet, sight: Sight) -> None:
 
 async def _lose_patience(history: History, chaos: Chaos, trainer: Trainer) -> None:
     """Let chaos reign, then give the run all the time that it can need."""
-    await chaos.run()
-    await trio.sleep(PATIENCE_S)
+    with trio.move_on_at(history.plan.horizon_s + PATIENCE_S):
+        await chaos.run()
     history.check(hold.liveness, PATIENCE_S, trainer.state)

@@ -103,6 +103,9 @@ class Trainer:
             self._end()
 
     def _open(self) -> AbstractAsyncContextManager[WorkflowExecutor]:
+        for server in self.fleet:
+            if server.asleep:  # the life before could not wake it, and said so
+                server.restart()
         up = [s.address for s in self.fleet if s.condition is ServerCondition.UP]
         reachable = [address for address in self._addresses if address in up]
         if not reachable:  # nothing can be opened before one is; the rest comes back by itself

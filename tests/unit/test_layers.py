@@ -37,7 +37,8 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("generation", "joining", "lora", "memory", "pressure", "provenance", "supervision"),
+    ("generation", "joining", "lora", "pressure", "provenance", "supervision"),
+    ("memory",),
     ("servers",),
     ("ejection", "pausing"),
     ("fleet",),
