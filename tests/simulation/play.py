@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
+from textwrap import shorten
 
 import trio
 from trio.testing import MockClock
@@ -19,6 +20,7 @@ from .plan import draw
 from .trainer import Trainer
 from .watch import Sight
 
+TRACE_LINES = 200  # of what ended a run: a group of exceptions may have thousands
 PATIENCE_S = 5_000.0  # virtual; no run needs a tenth of it once all is well
 
 
@@ -49,7 +51,10 @@ class Verdict:
     def _trace(self) -> str:
         """Of what ended the run, where that was no invariant."""
         cause = self.violation.__cause__ if self.violation is not None else None
-        return "".join(traceback.format_exception(cause)) + "\n" if cause else ""
+        if cause is None:
+            return ""
+        told = "".join(traceback.format_exception(cause)).splitlines()
+        return "\n".join(told[-TRACE_LINES:]) + "\n"
 
 
 def play(seed: int) -> Verdict:
@@ -81,7 +86,7 @@ async def _run(history: History, sight: Sight) -> None:
 
 
 def _unexpected(exc: Exception) -> Violation:
-    violation = Violation("crash", f"the run ended with {exc!r}")
+    violation = Violation("crash", f"the run ended with {shorten(repr(exc), 2000)}")
     violation.__cause__ = exc
     return violation
 
