@@ -76,8 +76,12 @@ class Generation:
         return self._engine is engine
 
     async def wait_finished(self) -> None:
-        """Return when every sequence has finished."""
+        """Return when every sequence has finished, or at ``interrupt``."""
         await self._finished.wait()
+
+    def interrupt(self) -> None:
+        """Wake whoever waits for the end, ``finished`` or not."""
+        self._finished.set()
 
     async def wait_progress(self) -> None:
         """Return when there is a new token or an end since the last return; of a stream only."""

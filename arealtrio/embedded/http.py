@@ -119,6 +119,12 @@ class Reply(Protocol):
     def release(self) -> None:
         """Drop what is unfinished; harmless twice."""
 
+    def start(self) -> bool:
+        """Get to the scheduler, unless something holds it back. False: only ``wait`` tells when.
+
+        True where it is refused, too: then it has no generation, and ``answer`` raises.
+        """
+
     async def wait(self) -> None:
         """Return when ``answer`` knows what to say."""
 

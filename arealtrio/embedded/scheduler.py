@@ -211,6 +211,7 @@ class Scheduler:
         """
         if not sequence.finished:
             self._take_out(lambda candidate: candidate is sequence)
+            sequence.unhook()
             self._admit()
 
     def pause(self, mode: PauseMode) -> None:
@@ -346,6 +347,7 @@ class Scheduler:
         self.counters.finished[reason] += 1
         if sequence.on_finish is not None:
             sequence.on_finish(sequence)
+        sequence.unhook()
 
     def _finish_all(self, reason: FinishReason, which: Callable[[Sequence], bool]) -> int:
         taken = self._take_out(which)

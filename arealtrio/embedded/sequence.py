@@ -107,6 +107,10 @@ class Sequence:
         """Whether nothing more will come."""
         return self.finish_reason is not None
 
+    def unhook(self) -> None:
+        """Call nobody any more: those hooks hold it, too, and only the collector would free it."""
+        self.on_token = self.on_finish = None
+
     def append(self, drawn: Drawn, version: str) -> None:
         """Take one token, made by the weights labelled ``version``."""
         self.token_ids.append(drawn.token_id)

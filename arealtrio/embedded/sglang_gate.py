@@ -34,6 +34,12 @@ class Gate:
         self.paused = False
         self._notify()
 
+    def try_to_enter(self) -> bool:
+        """Go through if it is open, and be inside until ``leave``; whether it was."""
+        is_open = not self.paused and not self._loads
+        self._inside += is_open
+        return is_open
+
     async def enter(self) -> None:
         """Go through when it is open, and be inside until ``leave``."""
         self.waiting += 1

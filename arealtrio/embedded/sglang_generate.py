@@ -56,6 +56,17 @@ class Reply:
         self._front.forget(self._rids)
         self._rids = []
 
+    def start(self) -> bool:
+        """See ``http.Reply``."""
+        try:
+            self._know()
+            if not self._front.gate.try_to_enter():
+                return False
+            self._begin()
+        except SglangError as exc:
+            self._refuse(exc)
+        return True
+
     async def wait(self) -> None:
         """See ``http.Reply``."""
         generation = await self._started()
@@ -93,20 +104,25 @@ class Reply:
 
     async def _started(self) -> Generation | None:
         """Its sequences, once it is through the gate; None if it is refused."""
-        if self.generation is None and self._refused is None:
+        if self.generation is None and self._refused is None and not self.start():
+            await self._front.gate.enter()
             try:
-                self.generation = await self._start()
+                self._begin()
             except SglangError as exc:
                 self._refuse(exc)
         return self.generation
 
-    async def _start(self) -> Generation:
-        self._asked = asked = read_generate(self._body)
-        self._sent = [0] * len(asked.items)
-        self._rids = self._front.know(asked.items)
-        await self._front.gate.enter()
+    def _know(self) -> None:
+        if self._asked is None:
+            self._asked = read_generate(self._body)
+            self._sent = [0] * len(self._asked.items)
+            self._rids = self._front.know(self._asked.items)
+
+    def _begin(self) -> None:
+        """Queue it, inside the gate."""
+        assert self._asked is not None
         self._inside = True
-        return self._front.begin(asked.items, streamed=self.streamed)
+        self.generation = self._front.begin(self._asked.items, streamed=self.streamed)
 
     def _refuse(self, error: SglangError) -> None:
         self._refused = error

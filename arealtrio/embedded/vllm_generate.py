@@ -146,6 +146,10 @@ class Reply:
         """See ``http.Reply``."""
         self.generation.release()
 
+    def start(self) -> bool:
+        """See ``http.Reply``."""
+        return True
+
     async def wait(self) -> None:
         """See ``http.Reply``."""
         await self.generation.wait_finished()

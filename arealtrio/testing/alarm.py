@@ -12,19 +12,23 @@ class Alarm:
 
     trio's one clock is the deadline of a scope, which cancels what is in it. The sleeper is woken
     in place of that: an exception that is raised and caught costs as much as the rest of the sleep.
+
+    Attributes:
+        hour: At which it rings, on trio's clock.
     """
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
-        self._hour = math.inf
+        self.hour = math.inf
 
     async def sleep_until(self, hour: float) -> None:
         """Sleep until trio's clock shows the hour, or the one that ``move`` has put in its place.
 
         Cancelling it from outside is as usual.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()  # at the hour itself, ``wake`` hides it
         task = trio.lowlevel.current_task()
-        self._hour = hour
+        self.hour = hour
         with trio.CancelScope(deadline=hour) as self._scope:
             scope = self._scope
 
@@ -38,8 +42,8 @@ class Alarm:
 
     def move(self, hour: float) -> None:
         """Wake the sleeper at another hour; where nobody sleeps, nothing."""
-        if hour != self._hour:
-            self._hour = hour
+        if hour != self.hour:
+            self.hour = hour
             self._scope.deadline = hour
 
     def ring(self) -> None:

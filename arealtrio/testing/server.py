@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import trio
 
+from ..embedded.engine import Generation
 from ..embedded.http import Reply, json_bytes
 from ..embedded.sequence import Sequence as Sequence_
 from ..embedded.settings import ServerSettings
@@ -26,6 +29,7 @@ from .faces import face_of
 from .faults import Faults
 from .lengths import Lengths
 from .mishap import Mishap
+from .patience import Patience
 from .script import ScriptedModel, checkpoint
 from .settings import SimulatedServerSettings
 from .stream import Connection, Pieces, SimulatedStream
@@ -34,6 +38,7 @@ MODEL_NAME = "simulated"
 _ABORTS = ("/abort_request", "/abort_requests", "/inference/v1/abort_requests")
 _EVENT_STREAM = {"content-type": "text/event-stream"}
 _JSON = {"content-type": "application/json"}
+T = TypeVar("T")
 
 
 class ServerCondition(enum.Enum):
@@ -42,6 +47,10 @@ class ServerCondition(enum.Enum):
     UP = "up"
     DOWN = "down"  # connections are refused
     HUNG = "hung"  # connections are accepted, and nothing is ever answered
+
+
+class _Over(Exception):
+    """The server has ended a connection, or the client's time is up."""
 
 
 class SimulatedServer:
@@ -93,6 +102,7 @@ class SimulatedServer:
         self._unnoticed: list[Reply] = []  # whose clients left during a partition
         self._deaf_to: list[Reply] = []  # whose clients left, and whose abort is not done
         self._connections: dict[Connection, None] = {}  # open; a dict, because it is ordered
+        self._patience = Patience()
         self._replaced = trio.Event()  # set: the engine is another one now
         self._boot()
 
@@ -138,7 +148,8 @@ class SimulatedServer:
             replaced = self._replaced
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._decode)
-                await replaced.wait()
+                while not replaced.is_set():
+                    await self._patience.end_waits()
                 nursery.cancel_scope.cancel()
 
     async def _decode(self) -> None:
@@ -228,6 +239,7 @@ class SimulatedServer:
         self.outages += 1
         self.condition = condition
         self._boot()
+        self._patience.ring()
         self._replaced.set()
         self._replaced = trio.Event()
 
@@ -320,24 +332,22 @@ class SimulatedServer:
         headers: Sequence[tuple[str, str]],
         mishap: Mishap | None,
     ) -> HttpResponse | Reply:
-        """Return the whole answer, or that which will stream it.
-
-        One scope for the time limit and for a server that ends the connection: it costs as much as
-        all the rest.
-        """
+        """Return the whole answer, or that which will stream it."""
         name, seconds = _tightest(limits)
         deadline = trio.current_time() + seconds
-        with trio.CancelScope(deadline=deadline) as connection.scope:
-            await self._connect(connection, limits)
-            if mishap is not None and (refusal := mishap.refusal()) is not None:
+        try:
+            await self._connect(connection, deadline, limits)
+            if mishap is None:
+                return await self._respond(connection, deadline, request, headers)
+            if (refusal := mishap.refusal()) is not None:
                 await trio.lowlevel.checkpoint()
                 return refusal
-            if not connection.is_cut:
-                answer = await self._respond(request, headers)
-                await self._reach()
-                if mishap is not None and isinstance(answer, HttpResponse):
-                    return await mishap.befall(answer)
+            answer = await self._respond(connection, deadline, request, headers)
+            if not isinstance(answer, HttpResponse):
                 return answer
+            return await self._during(connection, deadline, partial(mishap.befall, answer))
+        except _Over:
+            pass
         if connection.is_cut:
             with trio.move_on_at(deadline):
                 await self._reset()
@@ -355,11 +365,20 @@ class SimulatedServer:
             self._close(reply)
         return HttpResponse(200, _EVENT_STREAM, b"".join(pieces))
 
-    async def _connect(self, connection: Connection, limits: TimeLimits) -> None:
+    async def _connect(self, connection: Connection, deadline: float, limits: TimeLimits) -> None:
         """Get through to the server. Where that takes no time it is no checkpoint either."""
+        if self.settings.latency_s or self.isolated:
+            await self._during(connection, deadline, partial(self._approach, limits))
+        if self.condition is ServerCondition.DOWN:
+            await trio.lowlevel.checkpoint()
+            raise ConnectFailed(f"{self.address} refused the connection")
+        connection.is_cut = self.condition is ServerCondition.HUNG
+        self._connections[connection] = None
+
+    async def _approach(self, limits: TimeLimits) -> None:
         if self.settings.latency_s:
             await trio.sleep(self.settings.latency_s)
-        if self._unreached is not None:
+        if self.isolated:
             with trio.move_on_after(limits.connect_s) as connecting:
                 await self._reach()
             if connecting.cancelled_caught:
@@ -368,18 +387,13 @@ class SimulatedServer:
                     request_sent=False,
                     limit="connect_s",
                 )
-        if self.condition is ServerCondition.DOWN:
-            await trio.lowlevel.checkpoint()
-            raise ConnectFailed(f"{self.address} refused the connection")
-        connection.is_cut = self.condition is ServerCondition.HUNG
-        self._connections[connection] = None
 
     async def _reach(self) -> None:
         """Wait out a partition."""
         while self._unreached is not None:
             await self._unreached.wait()
 
-    async def _reset(self) -> None:
+    async def _reset(self) -> NoReturn:
         """Learn, as a client does, that the server has ended the connection; a hung one says so
         when it is started again.
         """
@@ -390,35 +404,87 @@ class SimulatedServer:
 
     async def _on(self, connection: Connection, work: Callable[[], Awaitable[bytes]]) -> bytes:
         """Read a piece of a stream, as long as the server lives that took the connection."""
+
+        async def read() -> bytes:
+            piece = await work()
+            await self._reach()
+            return piece
+
+        try:
+            return await self._during(connection, math.inf, read)
+        except _Over:
+            await self._reset()
+
+    async def _during(
+        self, connection: Connection, deadline: float, work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Wait for something as long as the connection lasts and the client's time.
+
+        Raises:
+            _Over: One of them ended.
+        """
         if not connection.is_cut:
-            with trio.CancelScope() as connection.scope:
-                piece = await work()
-                await self._reach()
-                return piece
-        await self._reset()
-        raise AssertionError("unreachable")
+            with trio.CancelScope(deadline=deadline) as scope:
+                connection.end_wait = scope.cancel
+                return await work()
+        raise _Over
 
     async def _respond(
-        self, request: HttpRequest, headers: Sequence[tuple[str, str]]
+        self,
+        connection: Connection,
+        deadline: float,
+        request: HttpRequest,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse | Reply:
+        if connection.is_cut:
+            raise _Over
+        answer = await self._answer(connection, deadline, request, headers)
+        if self.isolated:
+            await self._during(connection, deadline, self._reach)
+        return answer
+
+    async def _answer(
+        self,
+        connection: Connection,
+        deadline: float,
+        request: HttpRequest,
+        headers: Sequence[tuple[str, str]],
     ) -> HttpResponse | Reply:
         try:
             reply = self._face.open(request)
             if reply is None:
-                return await self._control(request, headers)
+                asking = partial(self._control, request, headers)
+                return await self._during(connection, deadline, asking)
             self._count(1)
             if reply.streamed:
                 return reply
-            return await self._whole(reply)
+            return await self._whole(connection, deadline, reply)
         except (VllmError, SglangError) as exc:
             await trio.lowlevel.checkpoint()
             return HttpResponse(exc.status, _JSON, json_bytes(exc.body))
 
-    async def _whole(self, reply: Reply) -> HttpResponse:
+    async def _whole(self, connection: Connection, deadline: float, reply: Reply) -> HttpResponse:
         try:
-            await reply.wait()
+            if not reply.start():
+                await self._during(connection, deadline, reply.wait)
+            elif reply.generation is not None:
+                await self._finished(connection, deadline, reply.generation)
             return HttpResponse(200, _JSON, json_bytes(reply.answer()))
         finally:
             self._close(reply)
+
+    async def _finished(
+        self, connection: Connection, deadline: float, generation: Generation
+    ) -> None:
+        """Do what ``_during`` does, for nearly all there is to wait for, at half the price."""
+        connection.end_wait = generation.interrupt
+        self._patience.watch(connection, deadline)
+        try:
+            await generation.wait_finished()
+        finally:
+            self._patience.forget(connection)
+        if not generation.finished:
+            raise _Over
 
     async def _control(
         self, request: HttpRequest, headers: Sequence[tuple[str, str]]

@@ -16,20 +16,19 @@ class Connection:
 
     Attributes:
         is_cut: Whether the server has ended it, or never looks at it.
-        scope: Of what it waits for now.
+        end_wait: Ends what the client waits for now.
     """
 
-    __slots__ = ("is_cut", "scope")
+    __slots__ = ("end_wait", "is_cut")
 
     def __init__(self) -> None:
         self.is_cut = False
-        self.scope: trio.CancelScope | None = None
+        self.end_wait: Callable[[], None] = lambda: None
 
     def cut(self) -> None:
         """End it from the server's side."""
         self.is_cut = True
-        if self.scope is not None:
-            self.scope.cancel()
+        self.end_wait()
 
 
 class Pieces:

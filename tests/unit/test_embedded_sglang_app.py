@@ -96,15 +96,15 @@ class Knocks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._count = 0
         self._changed = trio.Event()
-        original = Gate.enter
+        original = Gate.try_to_enter
 
-        async def enter(gate: Gate) -> None:
+        def try_to_enter(gate: Gate) -> bool:
             self._count += 1
             self._changed.set()
             self._changed = trio.Event()
-            await original(gate)
+            return original(gate)
 
-        monkeypatch.setattr(Gate, "enter", enter)
+        monkeypatch.setattr(Gate, "try_to_enter", try_to_enter)
 
     async def wait(self, count: int) -> None:
         while self._count < count:
