@@ -128,7 +128,9 @@ class Reply:
         self.generation = generation
         self._answer = answer
         self._kind = kind
-        self._cursors = [Cursor(index) for index in range(len(answer.sequences))]
+        self._cursors: list[Cursor] = []
+        if answer.request.stream:
+            self._cursors = [Cursor(index) for index in range(len(answer.sequences))]
         self._over = False
 
     @property

@@ -116,14 +116,14 @@ def plan(token_ids: Sequence[int], params: SamplingParams, budget: int, drawn: i
         drawn: The length of a new answer in tokens; unused where one goes on.
     """
     first = _first_token(token_ids, params, budget, drawn)
-    stops = [token for token in params.stop_token_ids if EOS < token <= first]
-    if not params.ignore_eos:
+    soonest = first - params.min_tokens  # a token above it comes too early to stop at
+    stops = [token for token in params.stop_token_ids if EOS < token <= soonest]
+    if soonest >= EOS and not params.ignore_eos:
         stops.append(EOS)
-    ends = {first - token: token for token in stops if first - token >= params.min_tokens}
-    at = min(ends, default=budget)
-    if at >= budget:
+    if not stops or first - max(stops) >= budget:
         return Plan(first, budget, None, stopped=False)
-    return Plan(first, at + 1, ends[at] if ends[at] != EOS else None, stopped=True)
+    last = max(stops)
+    return Plan(first, first - last + 1, last if last != EOS else None, stopped=True)
 
 
 def _first_token(token_ids: Sequence[int], params: SamplingParams, budget: int, drawn: int) -> int:
