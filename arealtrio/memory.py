@@ -28,7 +28,7 @@ class Memory:
         self._lock = trio.Lock()
         self._pause: AsyncExitStack | None = None  # holds the pool while anything sleeps
         self._not_paused: dict[str, str] = {}
-        self._put_to_sleep: set[Server] = set()  # also those that were removed meanwhile
+        self._put_to_sleep: dict[Server, None] = {}  # also those that were removed meanwhile
 
     @property
     def is_lent(self) -> bool:
@@ -66,7 +66,7 @@ class Memory:
                 async with trio.open_nursery() as nursery:
                     for server in self._pool.servers:
                         if server.address not in failed:
-                            self._put_to_sleep.add(server)
+                            self._put_to_sleep[server] = None
                             nursery.start_soon(
                                 _attempt_sleep, self._pool, server, keep_weights, failed
                             )
@@ -107,7 +107,7 @@ class Memory:
             for server in self._put_to_sleep:
                 if server.asleep:
                     nursery.start_soon(_attempt_wake, self._pool, server, tags, failed)
-        self._put_to_sleep = {server for server in self._put_to_sleep if server.asleep}
+        self._put_to_sleep = dict.fromkeys(s for s in self._put_to_sleep if s.asleep)
         if not self._put_to_sleep:
             pause, self._pause = self._pause, None
             if pause is not None:

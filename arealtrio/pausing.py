@@ -47,7 +47,7 @@ class Pausing:
         self._control = control
         self._brief = brief
         self._pauses = 0  # scopes that hold the whole pool
-        self._held: set[Server] = set()  # for the end of a scope to resume; removed ones, too
+        self._held: dict[Server, None] = {}  # for the end of a scope to resume; removed ones, too
 
     def is_held(self, server: Server) -> bool:
         """Whether a pause scope holds a server, or would if the server were in service."""
@@ -108,7 +108,7 @@ class Pausing:
     def _hold(self, servers: Sequence[Server]) -> None:
         for server in servers:
             server.held += 1
-            self._held.add(server)
+            self._held[server] = None
             if server.state is ServerState.READY:
                 self._fleet.set_state(server, ServerState.PAUSED)
 
@@ -137,7 +137,7 @@ class Pausing:
         finally:
             server.held -= 1
             if not server.held:
-                self._held.discard(server)
+                self._held.pop(server, None)
         if server.state is ServerState.PAUSED and not server.held and not server.frozen:
             self._fleet.set_state(server, ServerState.READY)
 
@@ -152,7 +152,7 @@ class Pausing:
         For the end of a run: whoever holds them may never come to the end of its scope, and where
         it does, sends nothing. What a server answers does not matter: nobody looks after it now.
         """
-        held, self._held = self._held, set()
+        held, self._held = self._held, {}
         await self._each(self._resume_at_the_end, held, {})
 
     async def _resume_at_the_end(self, server: Server) -> None:

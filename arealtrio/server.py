@@ -93,7 +93,7 @@ class Server:
     control_lock: trio.Lock = field(default_factory=trio.Lock)  # one weight load at a time
     pause_lock: trio.Lock = field(default_factory=trio.Lock)  # pauses and resumes land in order
     restoring: trio.CancelScope | None = None  # of the probe under way; an update supersedes it
-    in_flight: set[trio.CancelScope] = field(default_factory=set)
+    in_flight: dict[trio.CancelScope, None] = field(default_factory=dict)  # oldest first
 
     def tells_label(self, version: int | None) -> None:
         """Note the label that it reports, if any, while nobody sends it weights."""
@@ -132,7 +132,7 @@ class Attachment:
         self._scope = trio.CancelScope()
 
     def __enter__(self) -> None:
-        self._server.in_flight.add(self._scope)
+        self._server.in_flight[self._scope] = None
         self._scope.__enter__()
 
     def __exit__(
@@ -141,7 +141,7 @@ class Attachment:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        self._server.in_flight.discard(self._scope)
+        del self._server.in_flight[self._scope]
         caught = self._scope.__exit__(kind, error, traceback)
         if self._scope.cancelled_caught:
             raise TransportError(f"{self._server.address} was given up: {self._server.reason}")

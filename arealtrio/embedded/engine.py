@@ -134,7 +134,7 @@ class Engine:
         self.asleep: set[str] = set()
         self._load_model = load_model
         self._work = trio.Event()  # set: look at the scheduler again
-        self._settled: set[trio.Event] = set()  # of callers of pause("wait")
+        self._settled: dict[trio.Event, None] = {}  # of callers of pause("wait")
         self._loading = trio.Lock()  # weights arrive in the order they were asked for
 
     async def run(self) -> None:
@@ -228,11 +228,11 @@ class Engine:
         self._changed()
         if self._draining:
             settled = trio.Event()
-            self._settled.add(settled)
+            self._settled[settled] = None
             try:
                 await settled.wait()
             finally:
-                self._settled.discard(settled)
+                del self._settled[settled]
 
     def resume(self) -> None:
         """Go on."""

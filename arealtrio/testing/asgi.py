@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import trio
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from ..types import HttpRequest, HttpResponse
 
@@ -23,41 +19,6 @@ AsgiApp: TypeAlias = Callable[
     ],
     Awaitable[None],
 ]
-
-
-def endpoints(app: Starlette) -> dict[tuple[str, str], AsgiApp]:
-    """Each route of an application by itself, by method and path.
-
-    What its handlers answer an exception with is answered here, too. The way through the
-    application, which looks at one route after the other, costs more than most answers.
-    """
-    return {
-        (method, route.path): _alone(route.endpoint, app.exception_handlers)
-        for route in app.routes
-        if isinstance(route, Route)
-        for method in route.methods or ()
-    }
-
-
-def _alone(
-    endpoint: Callable[[Request], Awaitable[Response]], handlers: Mapping[Any, Any]
-) -> AsgiApp:
-    async def answer(
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        request = Request(scope, receive)
-        try:
-            response = await endpoint(request)
-        except Exception as exc:
-            handler = handlers.get(type(exc))
-            if handler is None:
-                raise
-            response = await handler(request, exc)
-        await response(scope, receive, send)
-
-    return answer
 
 
 async def ask(

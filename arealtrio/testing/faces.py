@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from starlette.applications import Starlette
-
+from ..embedded.endpoints import Endpoints
 from ..embedded.engine import Engine
 from ..embedded.http import Reply
 from ..embedded.settings import ServerSettings
@@ -22,7 +21,7 @@ from ..embedded.vllm_app import vllm_app
 from ..embedded.vllm_fields import decode_body
 from ..embedded.vllm_generate import COMPLETION, TOKENS, Kind, begin
 from ..types import HttpRequest
-from .asgi import AsgiApp, endpoints
+from .asgi import AsgiApp
 
 _KINDS: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generate": TOKENS}
 
@@ -46,20 +45,7 @@ class Face(Protocol):
         """The memory that it let go of, by tag."""
 
 
-class _Routes:
-    """An application, and the way to its endpoints."""
-
-    def __init__(self, app: Starlette) -> None:
-        self._app = app
-        self._endpoints = endpoints(app)
-
-    def app_for(self, request: HttpRequest) -> AsgiApp:
-        """See ``Face``. What has no endpoint, the application refuses."""
-        path = request.path.partition("?")[0]
-        return self._endpoints.get((request.method, path), self._app)
-
-
-class VllmFace(_Routes):
+class VllmFace:
     """See ``Face``.
 
     Args:
@@ -68,7 +54,7 @@ class VllmFace(_Routes):
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
-        super().__init__(vllm_app(engine, settings))
+        self._endpoints = Endpoints(vllm_app(engine, settings))
         self._engine = engine
         self._settings = settings
 
@@ -85,8 +71,12 @@ class VllmFace(_Routes):
         header_id = next((v for n, v in request.headers if n.lower() == "x-request-id"), None)
         return begin(self._engine, self._settings, kind, decode_body(request.body), header_id)
 
+    def app_for(self, request: HttpRequest) -> AsgiApp:
+        """See ``Face``. What has no endpoint, the application refuses."""
+        return self._endpoints.of(request.method, request.path.partition("?")[0])
 
-class SglangFace(_Routes):
+
+class SglangFace:
     """See ``Face``.
 
     Args:
@@ -96,7 +86,7 @@ class SglangFace(_Routes):
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._front = Frontend.of(engine, settings)
-        super().__init__(sglang_app(engine, settings, self._front))
+        self._endpoints = Endpoints(sglang_app(engine, settings, self._front))
 
     @property
     def asleep(self) -> Collection[str]:
@@ -108,6 +98,10 @@ class SglangFace(_Routes):
         if request.path != "/generate" or request.method != "POST":
             return None
         return SglangReply(self._front, decode(request.body, GenerateBody))
+
+    def app_for(self, request: HttpRequest) -> AsgiApp:
+        """See ``Face``. What has no endpoint, the application refuses."""
+        return self._endpoints.of(request.method, request.path.partition("?")[0])
 
 
 def face_of(engine: Engine, settings: ServerSettings) -> Face:

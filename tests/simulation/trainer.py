@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -34,7 +34,7 @@ from .wire import WatchedTransport
 from .workload import Loader, Workload, prompt
 
 SETTLED = ("delivered", "discarded", "rejected", "failed", "expired")
-ADAPTER_PATH = str(Path(__file__).parent)  # of an adapter only the name matters, but it must exist
+ADAPTER_PATH = os.sep  # of an adapter only the name matters, but it must exist everywhere
 RETRY_S = 1.0  # until the trainer tries again what the fleet did not let it do
 
 

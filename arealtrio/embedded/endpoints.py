@@ -1,0 +1,58 @@
+"""Endpoints: the handlers of an application one by one, for whoever asks them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Endpoints:
+    """An application, and the short way to its handlers.
+
+    What its handlers answer an exception with is answered here, too. The way through the
+    application, which looks at one route after the other, costs more than most answers.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._by_route = {
+            (method, route.path): _alone(route.endpoint, app.exception_handlers)
+            for route in app.routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+        }
+
+    def of(self, method: str, path: str) -> ASGIApp:
+        """What answers a request; the application, which refuses it, where nothing does.
+
+        Args:
+            method: Of the request.
+            path: Its path, without a query.
+        """
+        return self._by_route.get((method, path), self._app)
+
+
+def _alone(
+    endpoint: Callable[[Request], Awaitable[Response]], handlers: Mapping[Any, Any]
+) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await endpoint(request)
+        except Exception as exc:
+            handler = handlers.get(type(exc))
+            if handler is None:
+                raise
+            response = await handler(request, exc)
+        await response(scope, receive, send)
+
+    return answer
