@@ -42,19 +42,24 @@ def sigint(when: Callable[[], None]) -> Iterator[Callable[[], float]]:
     main = threading.main_thread().ident
     assert main == threading.get_ident()
     sent: list[float] = []
+    ended = threading.Event()
 
     def interrupt() -> None:
         try:
             when()
         finally:
-            sent.append(time.monotonic())
-            signal.pthread_kill(main, signal.SIGINT)
+            # Python does not notice a signal that comes just before it blocks on a lock.
+            while not ended.is_set():
+                sent[:] = [time.monotonic()]
+                signal.pthread_kill(main, signal.SIGINT)
+                ended.wait(5 * WITHIN_S)
 
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     background = Background(interrupt)
     try:
         yield lambda: time.monotonic() - sent[0]
     finally:
+        ended.set()
         background.result()
         signal.signal(signal.SIGINT, previous)
 
@@ -103,7 +108,8 @@ def reads(rollout: Any, began: threading.Event) -> None:
     def loader() -> Iterator[Prompt]:
         yield from prompts(2)
         began.set()
-        threading.Event().wait()
+        while True:
+            sum(range(1000))
 
     rollout.submit({"input_ids": [3]}, Generates())
     rollout.prepare_batch(loader(), Generates())
