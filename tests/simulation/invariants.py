@@ -374,4 +374,4 @@ def liveness_of_updates(refusals: int, state: str) -> None:
 
 def liveness(waited_s: float, state: str) -> None:
     """With a healthy server every prompt settles."""
-    violated("liveness", f"the run has not ended {waited_s:g} s after all was well again\n{state}")
+    violated("liveness", f"nothing has settled for {waited_s:g} s, and all was well\n{state}")
