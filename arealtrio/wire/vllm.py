@@ -33,7 +33,7 @@ from .dialect import (
 )
 from .experts import read_npy
 from .segment import check_segment, top_k_of
-from .status import check_status, raise_refusal
+from .status import check_status, kind_of_body, raise_refusal
 from .stream import (
     End,
     Failure,
@@ -446,14 +446,17 @@ def _has_route(probe: HttpResponse) -> bool:
     """Whether a GET met a POST-only route.
 
     Anything but vLLM's two answers is refused, not taken for a no: without the route the versions
-    of tokens would be beliefs from then on.
+    of tokens would be beliefs from then on. A 404 is vLLM's own only in its words.
     """
-    if probe.status in (404, 405):
-        return probe.status == 405
-    check_status(probe, SERVER)
+    if probe.status == 405:
+        return True
+    if probe.status == 404 and b'"Not Found"' in probe.body:
+        return False
+    if probe.status != 404:
+        check_status(probe, SERVER)
     raise ProtocolError(
-        f"expected 404 or 405 for a GET of {TOKEN_ROUTE} from {SERVER}, got {probe.status}; is "
-        "something between that answers for it?"
+        f"expected 404 or 405 for a GET of {TOKEN_ROUTE} from {SERVER}, got {probe.status} with "
+        f"{kind_of_body(probe)}; is something between that answers for it?"
     )
 
 

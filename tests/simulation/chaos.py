@@ -85,7 +85,7 @@ class Chaos:
         serving = [
             s.address
             for s in pool.values()
-            if s.state.value not in ("draining", "gone") and (s.cap or s.state.value == "joining")
+            if s.state.value in ("ready", "paused") and s.cap
         ]
         address, is_last = server.address, serving == [server.address] or not serving
         if change.what == "add" and address not in pool:

@@ -351,7 +351,7 @@ async def test_the_smallest_limit_follows_servers_that_come_speak_and_go(
 ) -> None:
     async def models(_: ServerPool, server: Server, request: HttpRequest, *__: object) -> object:
         if request.path != "/v1/models":
-            return HttpResponse(404, {}, b"")
+            return HttpResponse(404, {}, b'{"detail":"Not Found"}')
         length = 1000 if server.address == A else 500
         return HttpResponse(200, {}, b'{"data": [{"id": "m", "max_model_len": %d}]}' % length)
 

@@ -469,9 +469,17 @@ def test_a_server_that_gives_logits_for_logprobs_is_refused() -> None:
         DIALECT.parse_discover([recorded("models.json"), answer, NOT_THERE, NOT_THERE])
 
 
-def test_a_page_for_any_path_says_nothing_of_the_token_route() -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        HttpResponse(200, {"content-type": "text/html"}, b"<html></html>"),
+        HttpResponse(404, {"content-type": "text/html"}, b"<h1>404 Not Found</h1>"),
+        HttpResponse(404, {"content-type": "application/json"}, b'{"error":"no such upstream"}'),
+        HttpResponse(404, {}, b""),
+    ],
+)
+def test_what_vllm_does_not_say_says_nothing_of_the_token_route(page: HttpResponse) -> None:
     """Taken for a no, it cost a server the report of its versions for as long as it served."""
-    page = HttpResponse(200, {"content-type": "text/html"}, b"<html></html>")
     answers = [recorded("models.json"), NOT_THERE, NOT_THERE, page]
     with pytest.raises(ProtocolError, match="expected 404 or 405 for a GET of /inference"):
         DIALECT.parse_discover(answers)
