@@ -83,9 +83,7 @@ class Chaos:
             return
         pool = {s.address: s for s in executor.engine.pool.servers}
         serving = [
-            s.address
-            for s in pool.values()
-            if s.state.value in ("ready", "paused") and s.cap
+            s.address for s in pool.values() if s.state.value in ("ready", "paused") and s.cap
         ]
         address, is_last = server.address, serving == [server.address] or not serving
         if change.what == "add" and address not in pool:

@@ -16,6 +16,9 @@ from .planted import BUGS, row_of, seeds_needed
 from .play import play
 
 
+NEWS_EVERY = 500  # seeds: a line while a long run goes on
+
+
 @dataclass(frozen=True)
 class Line:
     """What one seed adds to the summary; it travels between processes.
@@ -82,6 +85,10 @@ class Summary:
         self.groups += line.groups
         self.slowest = max(self.slowest, (line.seconds, line.seed))
 
+    def news(self, seconds: float) -> str:
+        """A line on the way."""
+        return f"{self.seeds} seeds in {seconds:.0f} s, violations: {self.violations}"
+
     def text(self, seconds: float) -> str:
         """The last line."""
         return (
@@ -137,6 +144,8 @@ def main(seeds: int, start: int, jobs: int, keep_going: bool, planted: bool) -> 
                 click.echo(line.report + "\n")
                 if not keep_going:
                     break
+            if not summary.seeds % NEWS_EVERY and summary.seeds < seeds:
+                click.echo(summary.news(time.perf_counter() - began), err=True)
     except KeyboardInterrupt:  # say what there is
         status = 130
     click.echo(summary.text(time.perf_counter() - began))
