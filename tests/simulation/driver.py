@@ -15,7 +15,6 @@ import click
 from .planted import BUGS, row_of, seeds_needed
 from .play import play
 
-
 NEWS_EVERY = 500  # seeds: a line while a long run goes on
 
 
