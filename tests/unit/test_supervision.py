@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import AsyncIterator, Callable
@@ -346,6 +347,22 @@ async def test_a_silent_restart_is_noticed_and_none_of_its_tokens_taken(
             await trio.sleep(30)
     assert len(carried.answers) > 100
     assert {v for a in carried.answers for v in a.output_versions.tolist()} == {1}
+
+
+async def test_a_silent_restart_is_noticed_where_answers_do_not_tell_versions(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine(health_interval_s=5.0) as (engine, faulty):
+        await update_weights(engine.pool, disk(1))
+        for server in engine.pool.servers:
+            server.info = dataclasses.replace(server.info, token_in_token_out=False)
+        await trio.sleep(30)
+        assert states(engine) == ["ready", "ready"]
+        faulty.fleet.servers[0].restart()
+        await until_states(engine, "stale", "ready")
+        assert "it was restarted" in engine.statistics()[0].reason
+        await until_states(engine, "ready", "ready")
+        assert faulty.fleet.servers[0].scheduler.weight_version == "1"
 
 
 async def test_a_restart_under_load_gives_no_token_of_other_weights(
