@@ -102,6 +102,7 @@ class Faults:
         self.seed = seed
         self.rates = _checked(rates or {})
         self.log: list[Fault] = []
+        self._restarts_broken = FaultKind.FAILED_LOAD in self.rates  # also after ``stop``
         self._outage_s = _range("outage_s", outage_s)
         self._late_s = _range("late_s", late_s)
         self._spare = spare
@@ -296,7 +297,7 @@ class Faults:
 
     def on_broken(self, server: SimulatedServer) -> None:
         """A server died of its weights: start it again some time, unless it was asked for."""
-        if FaultKind.FAILED_LOAD in self.rates:
+        if self._restarts_broken:
             seconds = self._stream(server).uniform(*self._outage_s)
             self.note(server, FaultKind.DEATH, f"of its weights, for {seconds:.3g} s")
             self._end_later(seconds, server.restart, partial(getattr, server, "outages"))

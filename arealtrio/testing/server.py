@@ -115,6 +115,7 @@ class SimulatedServer:
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
             dialect=settings.dialect,
+            fragile=True,
             incremental_streaming_output=True,
         )
         scheduler = TimedScheduler(

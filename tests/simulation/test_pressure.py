@@ -82,7 +82,9 @@ class SmallCache:
             return HttpResponse(200, {}, self._metrics())
         if request.path == "/v1/models":
             return HttpResponse(200, {}, b'{"data":[{"id":"m"}]}')
-        return HttpResponse(200 if request.path == "/health" else 404, {}, b"")
+        if request.path == "/health":
+            return HttpResponse(200, {}, b"")
+        return HttpResponse(404, {}, b'{"detail":"Not Found"}')
 
     async def _generate(self, question: dict[str, Any]) -> HttpResponse:
         sequence = Sequence(len(question["prompt"]), question["max_tokens"])

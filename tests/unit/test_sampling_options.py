@@ -54,7 +54,7 @@ async def asked(route: str, **options: Any) -> dict[str, Any]:
             bodies.append(msgspec.json.decode(request.body))
             raise ConnectFailed("the test has what it wants")
         without_tokens = request.path == TOKENS and route == COMPLETIONS
-        return HttpResponse(404, {}, b"") if without_tokens else None
+        return HttpResponse(404, {}, NOT_THERE) if without_tokens else None
 
     async with open_fleet([SimulatedServerSettings(dialect=dialect)]) as fleet:
         faulty = Faulty(fleet)
