@@ -53,8 +53,9 @@ async def asked(route: str, **options: Any) -> dict[str, Any]:
         if request.path == route and request.method == "POST":
             bodies.append(msgspec.json.decode(request.body))
             raise ConnectFailed("the test has what it wants")
-        without_tokens = request.path == TOKENS and route == COMPLETIONS
-        return HttpResponse(404, {}, NOT_THERE) if without_tokens else None
+        if request.path == TOKENS and route == COMPLETIONS:
+            return HttpResponse(404, {}, b'{"detail":"Not Found"}')
+        return None
 
     async with open_fleet([SimulatedServerSettings(dialect=dialect)]) as fleet:
         faulty = Faulty(fleet)
