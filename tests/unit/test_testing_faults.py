@@ -482,3 +482,27 @@ async def test_faults_belong_to_one_fleet(autojump_clock: MockClock) -> None:
 
 def test_every_kind_has_an_event_and_a_rate() -> None:
     assert set(Faults.all(0).rates) == set(FaultKind)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_sglang_that_is_given_weights_while_it_sleeps_dies_as_a_real_one_does(
+    autojump_clock: MockClock, restarted: bool
+) -> None:
+    """And comes back where chance would bring it back, also after the end of all faults."""
+    faults = Faults(7, rates={"failed_load": 1e-9} if restarted else None)
+    sglang = SimulatedServerSettings(dialect="sglang")
+    async with open_fleet([sglang], faults=faults) as fleet:
+        (server,) = fleet
+        sleep = HttpRequest("POST", "/release_memory_occupation", b'{"tags": ["weights"]}')
+        load = HttpRequest(
+            "POST", "/update_weights_from_disk", b'{"model_path": "%s"}' % checkpoint(1).encode()
+        )
+        assert (await fleet.request(server.address, sleep, LIMITS)).status == 200
+        assert server.asleep
+        faults.stop()
+        assert (await fleet.request(server.address, load, LIMITS)).status == 500
+        await wait_all_tasks_blocked()
+        assert not server.undisturbed
+        await trio.sleep(60)
+        assert server.undisturbed is restarted
+        assert not server.asleep
