@@ -45,8 +45,13 @@ class Line:
 
 def line_of(seed: int) -> Line:
     """Play one seed. What servers are blamed for is expected here, and no news."""
-    logging.getLogger("arealtrio").setLevel(logging.ERROR)
-    verdict = play(seed)
+    logger = logging.getLogger("arealtrio")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        verdict = play(seed)
+    finally:
+        logger.setLevel(before)
     history = verdict.history
     return Line(
         seed,
