@@ -171,7 +171,7 @@ class Trainer:
             try:
                 await update()
             except WeightUpdateError as exc:
-                if not self.plan.faulty:
+                if not self.plan.faulty and not self.plan.changes:
                     raise
                 self.history.note(f"no server took the update: {exc}")
                 await trio.sleep(RETRY_S)
@@ -287,10 +287,16 @@ class Trainer:
         return None
 
     def _check_exhausted(self) -> None:
-        executor = self._executor
-        capacity = executor.get_capacity()
+        """Since it was refused, in this instant, another may have given budget back and begun."""
+        executor, now = self._executor, trio.current_time()
+        running = [
+            group
+            for group in executor._live.values()
+            if group.permit is not None and any(one.started < now for one in group.running.values())
+        ]
         self.history.note("the staleness budget is exhausted")
-        self.history.check(hold.exhausted_for_a_reason, executor.counts.running, capacity)
+        capacity = executor.get_capacity()
+        self.history.check(hold.exhausted_for_a_reason, len(running), capacity)
 
     async def _do_something_odd(self) -> None:
         ways = [self._twice, self._not_at_all, self._draining, self._held]
