@@ -375,3 +375,10 @@ def liveness_of_updates(refusals: int, state: str) -> None:
 def liveness(waited_s: float, state: str) -> None:
     """With a healthy server every prompt settles."""
     violated("liveness", f"nothing has settled for {waited_s:g} s, and all was well\n{state}")
+
+
+def comes_to_an_end(waited_s: float, state: str) -> None:
+    """A run in which things settle is not caught in a circle."""
+    violated(
+        "liveness", f"things still settle after {waited_s:g} s, and the run has no end\n{state}"
+    )

@@ -20,6 +20,7 @@ from .plan import draw
 from .trainer import Trainer
 from .watch import Sight
 
+LONGEST_S = 100_000.0  # virtual; the slowest plans that were seen need a tenth of it
 TRACE_LINES = 200  # of what ended a run: a group of exceptions may have thousands
 PATIENCE_S = 1_000.0  # virtual; something settles in a third of it, if only by its deadline
 
@@ -106,8 +107,9 @@ async def _train(history: History, fleet: SimulatedFleet, sight: Sight) -> None:
 async def _lose_patience(history: History, trainer: Trainer) -> None:
     """Give the run all the time that it needs, as long as something settles now and then."""
     await trio.sleep_until(history.plan.horizon_s)
-    while True:
+    while trio.current_time() < LONGEST_S:
         settled = history.groups.total()
         await trio.sleep(PATIENCE_S)
         if history.groups.total() == settled:
             history.check(hold.liveness, PATIENCE_S, trainer.state)
+    history.check(hold.comes_to_an_end, LONGEST_S, trainer.state)
