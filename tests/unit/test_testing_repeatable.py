@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -158,3 +159,20 @@ if __name__ == "__main__":
     for case in CASES[1:3]:
         for line in history(case):
             print(line)  # noqa: T201
+
+
+@pytest.mark.parametrize(("mine", "during"), [(700, 50_000), (90_000, 90_000), (0, 0)])
+def test_cycles_are_looked_for_less_often_and_afterwards_as_before(mine: int, during: int) -> None:
+    before = gc.get_threshold()
+
+    async def fail() -> None:
+        assert gc.get_threshold() == (during, 9, 8)
+        raise RuntimeError("mine")
+
+    gc.set_threshold(mine, 9, 8)
+    try:
+        with pytest.raises(RuntimeError, match="mine"):
+            run_virtually(fail)
+        assert gc.get_threshold() == (mine, 9, 8)
+    finally:
+        gc.set_threshold(*before)
