@@ -215,7 +215,7 @@ async def wake(pool: ServerPool, server: Server, tag: str) -> None:
     server.asleep.discard(tag)
     server.unwoken[tag] = True
     try:
-        await pool.control(server, pool.dialect.wake((tag,)), pool.config.update_timeout_s)
+        await pool.control(server, pool.dialect.wake(tag), pool.config.update_timeout_s)
     except TransportError as exc:
         server.unwoken[tag] = exc.request_sent
         raise

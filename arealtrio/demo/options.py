@@ -70,6 +70,7 @@ class DemoOptions:
             path = getattr(self, name)
             if path is not None and not isinstance(path, Path):
                 raise ConfigError(f"{name} must be a Path, not {shown(path)}")
+            text(name, str(path))  # which servers are told in JSON
 
     @property
     def prompts(self) -> int:

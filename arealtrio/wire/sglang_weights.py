@@ -88,6 +88,6 @@ class SglangWeights:
         """
         return body.post("/release_memory_occupation", {"tags": list(self.memory_tags)})
 
-    def wake(self, tags: Sequence[str]) -> HttpRequest:
+    def wake(self, tag: str) -> HttpRequest:
         """Take memory back."""
-        return body.post("/resume_memory_occupation", {"tags": list(tags)})
+        return body.post("/resume_memory_occupation", {"tags": [tag]})

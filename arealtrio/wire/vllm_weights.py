@@ -83,6 +83,6 @@ class VllmWeights:
         """Level 1 keeps the weights in the host's memory, level 2 nowhere."""
         return body.post(f"/sleep?level={1 if keep_weights else 2}")
 
-    def wake(self, tags: Sequence[str]) -> HttpRequest:
+    def wake(self, tag: str) -> HttpRequest:
         """Take memory back; with the last of it vLLM goes on generating by itself."""
-        return body.post("/wake_up?" + urlencode([("tags", tag) for tag in tags]))
+        return body.post("/wake_up?" + urlencode({"tags": tag}))

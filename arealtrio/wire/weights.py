@@ -131,8 +131,8 @@ class WeightRequests(Protocol):
     def sleep(self, *, keep_weights: bool) -> HttpRequest:
         """Let go of all ``memory_tags``; asked of a server that runs nothing."""
 
-    def wake(self, tags: Sequence[str]) -> HttpRequest:
-        """Take memory back that it let go of."""
+    def wake(self, tag: str) -> HttpRequest:
+        """Take one of ``memory_tags`` back, in their order."""
 
 
 def dtype_name(dtype: str) -> str:

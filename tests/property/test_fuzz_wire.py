@@ -446,7 +446,7 @@ def test_any_command_is_json_or_is_not_sent(
         lambda: dialect.end_update(version),
         lambda: dialect.load_adapter(word, other),
         lambda: dialect.unload_adapter(word),
-        lambda: dialect.wake(dialect.memory_tags),
+        lambda: dialect.wake(dialect.memory_tags[0]),
     ):
         check_question(ask)
 

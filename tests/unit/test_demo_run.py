@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +71,11 @@ def test_a_server_that_dies_ends_the_demo_with_its_name(monkeypatch: pytest.Monk
 def test_options_without_sense_are_refused(name: str) -> None:
     wrong: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigError, match=f"{name} must be an integer of at least 1"):
+        DemoOptions(**wrong)
+
+
+@pytest.mark.parametrize("name", ["state", "keep_weights"])
+def test_a_directory_that_no_request_can_name_is_refused(name: str) -> None:
+    wrong: dict[str, Any] = {name: Path(os.fsdecode(b"run\xff"))}
+    with pytest.raises(ConfigError, match=f"{name} holds a character that UTF-8 can not write"):
         DemoOptions(**wrong)

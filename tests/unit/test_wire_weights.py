@@ -91,7 +91,7 @@ def test_vllm_says_that_it_failed(name: str) -> None:
 def test_vllm_sleeps_and_wakes_in_parts() -> None:
     assert VLLM.sleep(keep_weights=True).path == "/sleep?level=1"
     assert VLLM.sleep(keep_weights=False).path == "/sleep?level=2"
-    assert VLLM.wake(["weights", "kv_cache"]).path == "/wake_up?tags=weights&tags=kv_cache"
+    assert VLLM.wake("kv_cache").path == "/wake_up?tags=kv_cache"
 
 
 def test_vllm_takes_adapters() -> None:
@@ -138,7 +138,7 @@ def test_sglang_names_the_memory_that_it_lets_go_of() -> None:
     tags = list(SGLANG.memory_tags)
     assert tags[0] == "weights"
     assert body(SGLANG.sleep(keep_weights=True)) == {"tags": tags}
-    assert body(SGLANG.wake(["weights"])) == {"tags": ["weights"]}
+    assert body(SGLANG.wake("weights")) == {"tags": ["weights"]}
     SGLANG.parse_control(answer("null"))
 
 
