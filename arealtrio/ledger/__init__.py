@@ -2,6 +2,7 @@
 
 codec       prompts and groups as bytes
 trouble     what SQLite reports, in words
+lock        that it is of one process
 file        the ledger on the disk, synchronous
 writer      where its blocking calls run
 entry       what a restart gets back

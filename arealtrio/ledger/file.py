@@ -11,7 +11,7 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
@@ -20,6 +20,7 @@ from ..errors import LedgerError
 from ..trajectory import Group
 from .codec import decode_group, decode_prompt, encode_group
 from .entry import Entry, Restored
+from .lock import FileLock
 from .trouble import explained
 
 APPLICATION_ID = 0x4154524C  # "ATRL"
@@ -92,21 +93,21 @@ class LedgerFile:
         self.acknowledged = self.acknowledged_version = self.trimmed = NO_BATCH
         self.checkpoints: tuple[Checkpoint, ...] = ()
         self.serial = 0
-        with explained(path):
+        with explained(path), ExitStack() as stack:
+            self._lock = FileLock(path, LOCK_WAIT_S)
+            stack.callback(self._lock.release)  # last: until then it is not to be opened
             self._db = sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None,
                                        check_same_thread=False)  # fmt: skip
-            try:
-                self._open(identity)
-                (last,) = self._db.execute("SELECT max(key) FROM prompts").fetchone()
-                self.next_key = 0 if last is None else last + 1
-            except BaseException:
-                self._db.close()
-                raise
+            stack.callback(self._db.close)
+            self._open(identity)
+            (last,) = self._db.execute("SELECT max(key) FROM prompts").fetchone()
+            self.next_key = 0 if last is None else last + 1
+            self._close = stack.pop_all().close
 
     # --- opening ---------------------------------------------------------------------------------
 
     def _open(self, identity: Mapping[str, Any]) -> None:
-        # Exclusive: no second process, and no shared memory, which network file systems lack.
+        # Exclusive: no other program, and no shared memory, which network file systems lack.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         if self._number("schema_version") == 0:
             self._db.execute(f"PRAGMA page_size = {PAGE_SIZE_BYTES}")
@@ -293,4 +294,4 @@ class LedgerFile:
     def close(self) -> None:
         """Let the file go. Idempotent."""
         with explained(self.path):
-            self._db.close()
+            self._close()

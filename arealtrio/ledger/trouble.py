@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ _DAMAGED = (
 _DENIED = "it can not be opened for writing. Look at its permissions and those of its directory"
 _DISK = "the disk failed. Nothing is delivered that is not written; look at the system's log"
 
+_NO_LOCK = (
+    "its file system knows no locks, so nothing would keep a second run out of it. Choose a "
+    "ledger_path on a disk of this machine"
+)
+
 _WORDS = {
     sqlite3.SQLITE_BUSY: _BUSY,
     sqlite3.SQLITE_LOCKED: _BUSY,
@@ -39,11 +45,24 @@ _WORDS = {
 # Of the "disk failed" kind, but with a cause of its own: a limit of the process or the file system.
 _FULL_CODES = frozenset((sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE))
 
+_WORDS_OF_ERRNO = {
+    errno.EWOULDBLOCK: _BUSY,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EIO: _DISK,
+    errno.ENOLCK: _NO_LOCK,
+    errno.ENOSYS: _NO_LOCK,
+    errno.EOPNOTSUPP: _NO_LOCK,
+}
+
 
 def ledger_error(path: str, exc: Exception) -> LedgerError:
-    """What to raise for an error of SQLite's, or of a record's checksum."""
+    """What to raise for an error of SQLite's, of the lock's, or of a record's checksum."""
     if isinstance(exc, ValueError):
         return LedgerError(f"ledger {path}: {exc}; {_DAMAGED}")
+    if isinstance(exc, OSError):
+        words = _WORDS_OF_ERRNO.get(exc.errno or 0, _DENIED)
+        return LedgerError(f"ledger {path}: {words} ({exc.strerror})")
     code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     words = _FULL if code in _FULL_CODES else _WORDS.get(code & 0xFF, _DAMAGED)
     return LedgerError(f"ledger {path}: {words} (SQLite: {exc})")
@@ -56,5 +75,5 @@ def explained(path: str) -> Iterator[None]:
         yield
     except (sqlite3.ProgrammingError, sqlite3.InterfaceError):  # a bug of ours
         raise
-    except (sqlite3.Error, ValueError) as exc:
+    except (sqlite3.Error, OSError, ValueError) as exc:
         raise ledger_error(path, exc) from exc

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import trio.testing
 from arealtrio.errors import LedgerError, RolloutCrashed, UsageError
 from arealtrio.ledger import open_ledger
 from arealtrio.ledger.file import APPLICATION_ID, FORMAT
+from arealtrio.ledger.lock import FileLock
 from arealtrio.trajectory import Group
 from arealtrio.types import Trajectory
 
@@ -463,6 +466,92 @@ async def test_two_runs_can_not_share_one(tmp_path: Path, monkeypatch: pytest.Mo
         await ledger.restore(0)
         with pytest.raises(LedgerError, match="another process has it open"):
             await left(tmp_path / "ledger")
+
+
+HOLDS = """
+    import os, sys
+    import trio
+    from tests.unit.ledgers import finish, opened
+    from pathlib import Path
+
+    async def main():
+        path = Path(sys.argv[1])
+        async with opened(path) as ledger:
+            await ledger.restore(0)
+            await finish(ledger, 2)
+            await ledger.flush()
+            path.read_bytes()  # as a backup does; it drops every POSIX lock on the file
+            if "fork" in sys.argv and os.fork() == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            else:
+                print(os.getpid(), flush=True)
+            sys.stdin.read()
+
+    trio.run(main)
+"""
+
+
+@contextmanager
+def held_by_another_run(path: Path, *how: str) -> Iterator[int]:
+    """Yield the process that has it open; a child that it forks lives as long as the block."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLDS), str(path), *how]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+        process.communicate(b"")
+
+
+async def test_a_run_that_reads_its_own_file_keeps_the_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arealtrio.ledger.file.LOCK_WAIT_S", 0.05)
+    path = tmp_path / "ledger"
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with held_by_another_run(path):
+        for name in (path, link):
+            with pytest.raises(LedgerError, match="another process has it open"):
+                await left(name)
+        assert (tmp_path / "ledger-wal").exists()
+    assert len((await left(path)).entries) == 2
+
+
+@pytest.mark.parametrize("how", ["", "fork"])
+async def test_a_killed_run_keeps_nobody_out(tmp_path: Path, how: str) -> None:
+    """Nor does a process that it forked, and that outlives it."""
+    path = tmp_path / "ledger"
+    with held_by_another_run(path, how) as process:
+        os.kill(process, signal.SIGKILL)
+        assert len((await left(path)).entries) == 2
+    assert os.listdir(tmp_path) == ["ledger"]
+
+
+def test_a_run_that_ends_leaves_the_lock_of_another_alone(tmp_path: Path) -> None:
+    """Its directory was moved, and another run has begun where it was."""
+    run = tmp_path / "run"
+    run.mkdir()
+    first = FileLock(str(run / "ledger"), 0)
+    run.rename(tmp_path / "moved")
+    run.mkdir()
+    second = FileLock(str(run / "ledger"), 0)
+    first.release()
+    with pytest.raises(BlockingIOError):
+        FileLock(str(run / "ledger"), 0)
+    second.release()
+    assert os.listdir(run) == []
+
+
+async def test_a_place_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(LedgerError, match=r"knows no locks.*on a disk of this machine"):
+        await left(tmp_path / "ledger")
 
 
 def overwrite(path: Path, at: int, count: int) -> None:
