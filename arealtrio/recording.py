@@ -19,6 +19,8 @@ from .settlement import RolloutResult
 from .trajectory import Batch
 from .types import Outcome
 
+_UNDER_WAY = "under_way"
+
 DELIVERED_KEPT = 8
 """Batches that may still be given back: one for each thread that waits, and few have several."""
 
@@ -58,7 +60,7 @@ class Recording:
             UsageError: If the run has begun, or it is no such state.
             LedgerError: If it is not of this ledger, or too old.
         """
-        if not LoaderPlace.is_in(state):
+        if not (LoaderPlace.is_in(state) and _is_count(_epoch_under_way(state))):
             raise UsageError(
                 "load_state_dict was given something without the data loader's place: give it "
                 "what state_dict of the executor or the controller returned"
@@ -116,7 +118,7 @@ class Recording:
             if entry.group is None:
                 self._entries.setdefault(entry.epoch, []).append(entry)
         newest = max(restored.taken, default=0)
-        self._epoch = min([newest if self._loaded is None else self._loaded["epoch"],
+        self._epoch = min([newest if self._loaded is None else _epoch_under_way(self._loaded),
                            *self._entries])  # fmt: skip
         self._restored = replace(restored, entries=())  # each is held until its epoch begins
         return len(finished)
@@ -205,11 +207,15 @@ class Recording:
     # --- checkpoints -------------------------------------------------------------------------
 
     def place(self) -> dict[str, Any]:
-        """Where the data loader is; called in the thread that iterates it.
+        """Where the data loader is, and in which epoch; called in the thread that iterates it.
 
         Asked before the ledger's own state: what was taken by now is then durable when that
         returns.
         """
+        epoch = self._epoch if self._feed is None else self._feed.epoch
+        return {**self._loader_place(), _UNDER_WAY: epoch}
+
+    def _loader_place(self) -> dict[str, Any]:
         if self._loaded is not None:  # nothing of the newest epoch was taken since
             return LoaderPlace.of(self._loaded).as_dict()
         if self._feed is not None:
@@ -234,6 +240,19 @@ def number_of(batch: Batch) -> int:
     if batch.number is None:
         raise UsageError("this batch is in no ledger: only those of prepare_batch are")
     return batch.number
+
+
+def _epoch_under_way(state: Mapping[str, Any]) -> Any:
+    """The epoch that a checkpoint was made in, or before.
+
+    Its loader's place may be of an earlier one: an epoch that was begun before a restart leaves the
+    loader alone. Older states do not say.
+    """
+    return state.get(_UNDER_WAY, state["epoch"])
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _age_order(entry: Entry, version: int) -> tuple[int, int, int]:

@@ -562,6 +562,46 @@ async def test_a_crash_in_the_next_epoch(
         assert len(epoch) == len(set(epoch)) == 16
 
 
+@pytest.mark.parametrize("stateful", [True, False])
+async def test_a_checkpoint_between_epochs_when_the_next_was_begun_before_a_crash(
+    autojump_clock: Clock, tmp_path: Path, stateful: bool
+) -> None:
+    def new_loader() -> Any:
+        return StatefulLoader(16, 3) if stateful else prompt_list(16)
+
+    async with open_run(tmp_path) as run:
+        async with run.life() as executor:
+            loader = new_loader()
+            first = await train(executor, loader, Instant(), 2)
+            state = await executor.state_dict()
+            await train(executor, loader, Instant())
+            await train(executor, loader, Instant(), 1)  # of the next epoch, and lost
+            await trio.sleep(3)
+        async with run.life(state) as executor:
+            first += await train(executor, new_loader(), Instant())
+            between = json.loads(json.dumps(await executor.state_dict()))
+            assert (between["epoch"], between["under_way"]) == (0, 1)
+        async with run.life(between) as executor:
+            second = await train(executor, new_loader(), Instant())
+    for epoch in (first, second):
+        assert len(epoch) == len(set(epoch)) == 16
+
+
+async def test_an_older_state_without_the_epoch_under_way_can_be_loaded(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with open_run(tmp_path) as run:
+        async with run.life() as executor:
+            loader = prompt_list(16)
+            trained = await train(executor, loader, Instant())
+            trained += await train(executor, loader, Instant(), 1)
+            state = await executor.state_dict()
+            del state["under_way"]
+        async with run.life(state) as executor:
+            trained += await train(executor, loader, Instant())
+    assert sorted(map(int, trained)) == sorted([*range(16)] * 2)
+
+
 async def test_another_loader_is_refused(autojump_clock: Clock, tmp_path: Path) -> None:
     def unnamed(first: int, count: int = 40) -> Sequence[Any]:
         return [{"input_ids": [first + n]} for n in range(count)]
@@ -675,7 +715,8 @@ async def test_a_ledgers_own_state_is_not_enough(autojump_clock: Clock, tmp_path
         state = await executor.ledger.state_dict(0)
         place = {"epoch": 0, "position": 0, "ahead": [], "loader": None, "ended": False}
         wrong: list[Any] = [state, None, {**state, **place, "epoch": "x"},
-                            {**state, **place, "ahead": [5]}]  # fmt: skip
+                            {**state, **place, "ahead": [5]},
+                            {**state, **place, "under_way": "x"}]  # fmt: skip
         for given in wrong:
             with pytest.raises(UsageError, match="without the data loader's place"):
                 executor.load_state_dict(given)
