@@ -95,6 +95,7 @@ class Ledger:
         self._acknowledged = file.acknowledged
         self._checkpoints = file.checkpoints
         self._serial = file.serial
+        self._lost: set[int] = set()  # serials of checkpoints that nobody got
         self._trimmed = file.trimmed
         self._loaded: int | None = None  # the batch that a state_dict named
         self._begun = False
@@ -215,13 +216,18 @@ class Ledger:
         newest, serial = (self._checkpoints or (BEGINNING,))[-1]
         if number < newest:
             raise UsageError(f"state_dict was asked for batch {number}, after one for {newest}")
-        if number > newest or not self._checkpoints:
-            self._serial = serial = self._serial + 1
-            known = self._checkpoints or (BEGINNING,)
-            self._checkpoints = (*known, (number, serial))[-self._checkpoints_kept :]
-            self._facts.update(checkpoints=self._checkpoints, serial=serial)
-            self._trim()
-        await self.flush()
+        is_new = number > newest or not self._checkpoints
+        if is_new:
+            serial = self._add_checkpoint(number)
+        nobody_has_it = is_new or serial in self._lost
+        self._lost.discard(serial)
+        try:
+            await self.flush()
+        except BaseException:
+            if nobody_has_it:
+                self._lost.add(serial)
+            raise
+        self._lost.discard(serial)  # where another call for it was cancelled meanwhile
         return {
             "format": STATE_FORMAT,
             "run": self.run,
@@ -229,6 +235,15 @@ class Ledger:
             "serial": serial,
             "version": version,
         }
+
+    def _add_checkpoint(self, number: int) -> int:
+        """Count a checkpoint among the newest; it pushes out none for one that nobody got."""
+        self._serial += 1
+        known = [one for one in self._checkpoints if one[1] not in self._lost] or [BEGINNING]
+        self._checkpoints = (*known, (number, self._serial))[-self._checkpoints_kept :]
+        self._facts.update(checkpoints=self._checkpoints, serial=self._serial)
+        self._trim()
+        return self._serial
 
     def _check_delivered(self, number: int) -> None:
         if not NO_BATCH <= number <= self._last_batch:

@@ -35,6 +35,7 @@ class ModelLedger:
 
     def __init__(self, kept: int) -> None:
         self.kept = kept
+        self.lost: set[tuple[int, int]] = set()  # checkpoints that nobody got
         self.now = State()
         self.durable = State()
 
@@ -94,15 +95,21 @@ class ModelLedger:
             self._trim()
         self.flush()
 
-    def checkpoint(self) -> tuple[int, int]:
+    def checkpoint(self, *, lost: bool = False) -> tuple[int, int]:
         now = self.now
-        if not now.checkpoints or now.checkpoints[-1][0] != now.batch:
+        is_new = not now.checkpoints or now.checkpoints[-1][0] != now.batch
+        if is_new:
             now.serial += 1
-            known = now.checkpoints or [(-1, 0)]
+            known = [one for one in now.checkpoints if one not in self.lost] or [(-1, 0)]
             now.checkpoints = [*known, (now.batch, now.serial)][-self.kept :]
             self._trim()
+        newest = now.checkpoints[-1]
+        if not lost:
+            self.lost -= {newest}
+        elif is_new:
+            self.lost.add(newest)
         self.flush()
-        return now.checkpoints[-1]
+        return newest
 
     def _trim(self) -> None:
         bounds = [batch for batch, _ in self.now.checkpoints[:1]]
@@ -117,6 +124,7 @@ class ModelLedger:
 
     def crash(self) -> None:
         self.now = copy.deepcopy(self.durable)
+        self.lost.clear()
         self.now.next_key = max(self.now.prompts, default=-1) + 1
 
     def may_restore(self, checkpoint: tuple[int, int] | None, version: int) -> bool:

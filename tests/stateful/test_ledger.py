@@ -34,6 +34,7 @@ STEPS = st.lists(
         st.tuples(st.just("deliver"), st.integers(1, 3)),
         st.tuples(st.just("deliver"), st.integers(1, 3)),
         st.tuples(st.sampled_from(["take_back", "update", "flush", "checkpoint", "wait"])),
+        st.tuples(st.just("lose_checkpoint")),
         st.tuples(st.just("ack"), INDEX),
         # which checkpoint to go back to, counted from the newest; the fourth is none at all
         st.tuples(st.just("crash"), st.integers(0, 3)),
@@ -67,6 +68,7 @@ class Comparison:
         self.content = 0
         self.version = 0
         self.saved: list[tuple[dict[str, Any], int]] = []  # states, with their versions
+        self.got: tuple[int, int] | None = None  # the newest checkpoint that the trainer has
         self.given_back = True  # whether the last batch can not be taken back
 
     @property
@@ -111,6 +113,7 @@ class Comparison:
             await self.anew()
             return
         assert self.model.may_restore(checkpoint, self.version)
+        self.got = checkpoint
         again = self.model.restore(checkpoint, self.version)
         assert restored.regenerated == again
         assert restored.batch == self.model.now.batch
@@ -130,7 +133,7 @@ class Comparison:
         """What was asked for can not be had: another file, as the error says."""
         await self.stack.aclose()
         self.model = ModelLedger(self.kept)
-        self.saved, self.version = [], 0
+        self.saved, self.version, self.got = [], 0, None
         self.lives += 1
         await self.start()
 
@@ -195,9 +198,19 @@ class Comparison:
 
     async def checkpoint(self) -> None:
         state = await self.ledger.state_dict(self.version)
-        assert (state["batch"], state["serial"]) == self.model.checkpoint()
+        self.got = (state["batch"], state["serial"])
+        assert self.got == self.model.checkpoint()
         self.saved.append((state, self.version))
         self.given_back = True
+
+    async def lose_checkpoint(self) -> None:
+        """A ``state_dict`` that is cancelled; what it was to wait for is durable a little later."""
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await self.ledger.state_dict(self.version)
+        self.model.checkpoint(lost=True)
+        self.given_back = True
+        await self.ledger.flush()
 
     async def ack(self, index: int) -> None:
         batch = self.model.now.batch
@@ -212,6 +225,9 @@ class Comparison:
         assert statistics.batch == self.model.now.batch
         assert statistics.acknowledged == self.model.now.acknowledged
         assert statistics.trimmed == self.model.now.trimmed
+        if self.got is not None and self.kept > 1:  # one alone is pushed out by the one under way
+            assert self.got in self.ledger._checkpoints
+            assert self.got[0] >= statistics.trimmed
         self.ledger.check()
 
 

@@ -22,7 +22,7 @@ import trio
 import trio.testing
 
 from arealtrio.errors import LedgerError, RolloutCrashed, UsageError
-from arealtrio.ledger import open_ledger
+from arealtrio.ledger import Ledger, open_ledger
 from arealtrio.ledger.file import APPLICATION_ID, FORMAT
 from arealtrio.ledger.lock import FileLock
 from arealtrio.trajectory import Group
@@ -182,6 +182,82 @@ async def test_a_checkpoint_that_was_never_written_can_be_passed_by(tmp_path: Pa
     assert [e.key for e in (await left(path, 0, states[1])).entries] == [2]
     with pytest.raises(LedgerError, match=r"to go back to one ends those that came after it"):
         await left(path, 0, states[2])  # its batch 2 is no batch any more
+
+
+async def fill_disk(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise LedgerError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger._file, "apply", full)
+        with pytest.raises(LedgerError, match="full"):
+            await ledger.state_dict(version=0)
+    await ledger.flush()
+
+
+async def cancel(ledger: Ledger, _: pytest.MonkeyPatch) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await ledger.state_dict(version=0)
+    assert scope.cancelled_caught
+    await ledger.flush()
+
+
+@pytest.mark.parametrize("lose", [fill_disk, cancel])
+async def test_states_that_nobody_got_push_out_none_that_somebody_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Any
+) -> None:
+    path = tmp_path / "ledger"
+    async with opened(path, checkpoints=2) as ledger:
+        await ledger.restore(0)
+        keys = await finish(ledger, 6)
+        ledger.deliver(keys[:1], version=0)
+        good = await ledger.state_dict(version=0)
+        for key in keys[1:4]:
+            ledger.deliver([key], version=0)
+            await lose(ledger, monkeypatch)
+            assert ledger.statistics().trimmed == 0
+        later = await ledger.state_dict(version=0)  # got at last, it is like any other
+        ledger.deliver(keys[4:5], version=0)
+        await lose(ledger, monkeypatch)
+        assert ledger.statistics().trimmed == 3
+    assert [e.key for e in (await left(path, 0, later)).entries] == keys[4:]
+    with pytest.raises(LedgerError, match="ends with batch 0, is none of the newest"):
+        await left(path, 0, good)
+
+
+async def test_a_state_asked_for_once_more_in_vain_stays_that_of_whoever_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+    async with opened(path, checkpoints=2) as ledger:
+        await ledger.restore(0)
+        keys = await finish(ledger, 2)
+        ledger.deliver(keys[:1], version=0)
+        good = await ledger.state_dict(version=0)
+        await cancel(ledger, monkeypatch)
+        ledger.deliver(keys[1:], version=0)
+        await cancel(ledger, monkeypatch)
+    assert [e.key for e in (await left(path, 0, good)).entries] == keys[1:]
+
+
+async def test_two_states_at_once_are_both_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    states: list[Any] = []
+    async with opened(path, checkpoints=2) as ledger:
+        await ledger.restore(0)
+        keys = await finish(ledger, 3)
+
+        async def save() -> None:
+            states.append(await ledger.state_dict(version=0))
+
+        async with trio.open_nursery() as nursery, ledger._writing:
+            for key in keys[:2]:  # both wait for the commit under way
+                ledger.deliver([key], version=0)
+                nursery.start_soon(save)
+                await trio.testing.wait_all_tasks_blocked()
+    for state in sorted(states, key=lambda state: -state["batch"]):
+        assert (await left(path, 0, state)).batch == state["batch"]
 
 
 async def test_to_start_anew_is_a_checkpoint_until_two_others_are_there(tmp_path: Path) -> None:
