@@ -162,25 +162,29 @@ class RecordedFeed(LoaderFeed):
             self.position += 1
 
     def _tell_place(self) -> None:
+        """Bring the loader to the checkpoint's place; where that fails, the next try begins anew.
+
+        So what is known of the place is taken over last, when the loader has done its part.
+        """
         place, load = self._place, getattr(self.loader, "load_state_dict", None)
         if place is None or place.loader is None or load is None:
             self._iterator = iter(self.loader)
             return
-        load(place.loader)
-        if place.epoch == self.epoch:
-            self.position = place.position
-            self._ahead.extend(place.ahead)
-            self._ended = place.ended
-        for _ in range(place.epoch + place.ended, self.epoch):  # what is left of earlier passes
-            deque(self.loader, maxlen=0)
-        if not self._ended:
-            self._iterator = iter(self.loader)
-        if self.position > self._taken:
+        is_here = place.epoch == self.epoch
+        if is_here and place.position > self._taken:
             raise LedgerError(
                 f"the ledger knows of {self._taken} prompts of epoch {self.epoch}, and the "
-                f"checkpoint of {self.position}: the file is older than the checkpoint. Put the "
+                f"checkpoint of {place.position}: the file is older than the checkpoint. Put the "
                 "right one back, or choose another ledger_path"
             )
+        load(place.loader)
+        for _ in range(place.epoch + place.ended, self.epoch):  # what is left of earlier passes
+            deque(self.loader, maxlen=0)
+        ended = is_here and place.ended
+        iterator = None if ended else iter(self.loader)
+        if is_here:
+            self.position, self._ahead = place.position, deque(place.ahead)
+        self._iterator, self._ended = iterator, ended
 
     def _compare(self, prompt: Prompt) -> None:
         mark = self._marks.get(self.position)

@@ -653,6 +653,31 @@ async def test_a_loader_that_breaks_while_it_is_read_past_can_be_read_again(
             assert len(set(await train(executor, loader, Instant()))) >= 16
 
 
+async def test_a_loader_that_can_not_be_begun_at_its_place_can_be_the_next_time(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    class FailsOnce(StatefulLoader):
+        failed = False
+
+        def __iter__(self) -> Iterator[Any]:
+            if not self.failed:
+                self.failed = True
+                raise OSError("no worker")
+            return super().__iter__()
+
+    async with open_run(tmp_path, queue_size=3) as run:
+        async with run.life() as executor:
+            trained = await train(executor, StatefulLoader(32, 4), Instant(), 1)
+            state = await executor.state_dict()
+            assert state["ahead"]
+        async with run.life(state) as executor:
+            loader = FailsOnce(32, 4)
+            with pytest.raises(OSError, match="no worker"):
+                await executor.prepare_batch(loader, Instant())
+            trained += await train(executor, loader, Instant())
+    assert sorted(trained) == sorted(f"s{n}" for n in range(32))
+
+
 async def test_a_prompt_that_can_not_be_written_is_an_error_and_no_prompt_is_lost(
     autojump_clock: Clock, tmp_path: Path
 ) -> None:
