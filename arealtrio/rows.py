@@ -13,6 +13,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .checks import shown
 from .errors import InvalidRequest, WorkflowError
 from .types import (
     INT32_MAX,
@@ -286,12 +287,27 @@ def _clean_extra(name: str, extra: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def check_extra_names(names: Iterable[str]) -> None:
-    """Raise WorkflowError where an extra would take the name of one of a batch's own columns."""
+    """Raise WorkflowError where an extra has the name of one of a batch's own columns, or no name.
+
+    A ledger has to write it, so it is text that UTF-8 can say.
+    """
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str) or not _is_unicode(name):
+            raise WorkflowError(f"an extra is called by text, not {shown(name)}")
     taken = sorted(RESERVED_NAMES.intersection(names))
     if taken:
         raise WorkflowError(
             f"extras can not be called {', '.join(taken)}: a batch has these itself"
         )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a half of a character that UTF-16 needs two for
+        return False
+    return True
 
 
 def _rows_from_dict(result: Mapping[Any, Any]) -> tuple[Trajectory, ...]:

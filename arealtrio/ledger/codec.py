@@ -34,6 +34,10 @@ _RUNS = "runs"  # in a row's dtypes: the lengths of runs, and their values, both
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 
 
+RECORD_SIZE_MAX = 10**9 - 2**20
+"""Bytes of a record: a row of SQLite's holds 10^9, with some more columns."""
+
+
 class _Row(msgspec.Struct, array_like=True):
     """One trajectory's header; ``dtypes`` are of its columns, then of its extras.
 
@@ -73,7 +77,8 @@ def encode_prompt(prompt: Mapping[str, Any]) -> bytes:
         prompt: As the data loader gave it; it is read at once.
 
     Raises:
-        UsageError: If it holds anything else. Names the place and the type, not the value.
+        UsageError: If it holds anything else. Names the place and the type, not the value. Or if it
+            is larger than a record can be.
     """
     try:
         body = _PROMPT_ENCODER.encode(prompt)
@@ -83,6 +88,11 @@ def encode_prompt(prompt: Mapping[str, Any]) -> bytes:
             f"the ledger can not write a prompt: {type(exc).__name__} in its {_guilty(prompt)}"
         ) from exc
     _check_fields(prompt)
+    if len(body) > RECORD_SIZE_MAX:
+        raise UsageError(
+            f"the ledger can not write a prompt: it is of {len(body)} bytes, and a record holds "
+            f"{RECORD_SIZE_MAX} at most; let it name a file, and the workflow read that"
+        )
     return _PREFIX.pack(_PROMPT_MAGIC, crc32(body, _size_checksum(0)), 0) + body
 
 
@@ -195,13 +205,19 @@ def encode_group(group: Group) -> bytes:
         group: Accepted; its arrays are copied.
 
     Raises:
-        UsageError: If an extra of a trajectory holds Python objects.
+        UsageError: If an extra of a trajectory holds Python objects, or a name is no Unicode text.
     """
     arrays: list[Any] = []  # which are buffers, and are not typed as such
     members = [[_row_header(row, arrays) for row in rows] for rows in group.members]
-    header = _GROUP_ENCODER.encode(
-        _Group(group.number, group.permit_version, group.prompt_id, group.task_id, members)
-    )
+    try:
+        header = _GROUP_ENCODER.encode(
+            _Group(group.number, group.permit_version, group.prompt_id, group.task_id, members)
+        )
+    except (TypeError, ValueError, OverflowError) as exc:  # which reading maps to damage
+        raise UsageError(
+            f"the ledger can not write a group: {type(exc).__name__} in its prompt_id or in the "
+            "names of its extras, which are to be Unicode text"
+        ) from exc
     checksum = crc32(header, _size_checksum(len(header)))
     for array in arrays:
         checksum = crc32(array, checksum)
@@ -248,7 +264,8 @@ def _row_header(row: Trajectory, arrays: list[Any]) -> _Row:
         arrays.append(_little(array))
         dtypes.append(arrays[-1].dtype.str)
         shapes.append(array.shape[1:])
-    return _Row(len(row), row.reward, row.versions_exact, dtypes, runs, list(row.extras), shapes)
+    names = list(map(str, row.extras))  # of text, but maybe of numpy's
+    return _Row(len(row), row.reward, row.versions_exact, dtypes, runs, names, shapes)
 
 
 def _in_runs(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:

@@ -8,6 +8,7 @@ row for any change of it, and these are large and never change.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import LedgerError
 from ..trajectory import Group
+from . import codec
 from .codec import decode_group, decode_prompt, encode_group
 from .entry import Entry, Restored
 from .lock import FileLock
 from .trouble import explained
+
+logger = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4154524C  # "ATRL"
 FORMAT = 1
@@ -203,9 +207,30 @@ class LedgerFile:
     def _apply(self, kind: str, values: Sequence[tuple[Any, ...]]) -> None:
         rows: Iterable[tuple[Any, ...]] = values
         if kind == "settle":
-            rows = ((key, group.tail_version, encode_group(group)) for key, group in values)
+            rows = self._encoded(values)
         for statement in _STATEMENTS[kind]:
             self._db.executemany(statement, rows)
+
+    def _encoded(self, groups: Iterable[tuple[int, Group]]) -> Iterator[tuple[Any, ...]]:
+        """The rows of groups, one at a time; one that is too large stays out.
+
+        Its prompt is then an unfinished one. An error would come again with every try, and keep all
+        that settles later from the disk as well.
+        """
+        for key, group in groups:
+            blob = encode_group(group)
+            if len(blob) > codec.RECORD_SIZE_MAX:
+                logger.error(
+                    "ledger %s: the group of prompt %.80r is of %d bytes, and a record holds %d at "
+                    "most. It is delivered, but not kept: after a crash it is generated again. Let "
+                    "groups have fewer members, or smaller extras (such as routed experts)",
+                    self.path,
+                    group.prompt_id,
+                    len(blob),
+                    codec.RECORD_SIZE_MAX,
+                )
+            else:
+                yield key, group.tail_version, blob
 
     def _set_facts(self, **facts: Any) -> None:
         self._db.executemany(

@@ -26,6 +26,10 @@ _DAMAGED = (
 _DENIED = "it can not be opened for writing. Look at its permissions and those of its directory"
 _DISK = "the disk failed. Nothing is delivered that is not written; look at the system's log"
 
+_TOO_LARGE = (
+    "a record is larger than this build of SQLite takes. Use one with the usual limit of 10^9 "
+    "bytes, or smaller prompts and groups"
+)
 _NO_LOCK = (
     "its file system knows no locks, so nothing would keep a second run out of it. Choose a "
     "ledger_path on a disk of this machine"
@@ -41,6 +45,7 @@ _WORDS = {
     sqlite3.SQLITE_READONLY: _DENIED,
     sqlite3.SQLITE_PERM: _DENIED,
     sqlite3.SQLITE_IOERR: _DISK,
+    sqlite3.SQLITE_TOOBIG: _TOO_LARGE,
 }
 # Of the "disk failed" kind, but with a cause of its own: a limit of the process or the file system.
 _FULL_CODES = frozenset((sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE))

@@ -13,6 +13,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import trio
 import trio.testing
 
 from arealtrio.errors import LedgerError, RolloutCrashed, UsageError
-from arealtrio.ledger import Ledger, open_ledger
+from arealtrio.ledger import Ledger, decode_group, encode_group, encode_prompt, open_ledger
 from arealtrio.ledger.file import APPLICATION_ID, FORMAT
 from arealtrio.ledger.lock import FileLock
 from arealtrio.trajectory import Group
@@ -749,6 +750,56 @@ async def test_an_extra_of_objects_is_the_workflows_error(tmp_path: Path) -> Non
         )
         with pytest.raises(UsageError, match="extra 'notes'"):
             await ledger.flush()
+
+
+async def test_a_group_too_large_for_a_record_stops_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("arealtrio.ledger.codec.RECORD_SIZE_MAX", 10_000)
+    path = tmp_path / "ledger"
+    async with opened(path) as ledger:
+        await ledger.restore(0)
+        keys = take(ledger, 3)
+        for key, length in zip(keys, (8, 5_000, 8), strict=True):
+            ledger.settle(key, a_group(length=length))
+        ledger.deliver(keys, version=0)
+        await ledger.flush()
+        ledger.check()
+    (words,) = [record.getMessage() for record in caplog.records]
+    assert "prompt 'p'" in words
+    assert "10000 at most" in words
+    assert [e.group is not None for e in (await left(path)).entries] == [True, False, True]
+
+
+def test_a_prompt_too_large_for_a_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arealtrio.ledger.codec.RECORD_SIZE_MAX", 10_000)
+    encode_prompt({"image": b"x" * 9_000})
+    with pytest.raises(UsageError, match=r"10000 at most; let it name a file"):
+        encode_prompt({"image": b"x" * 10_000})
+
+
+async def test_a_row_that_sqlite_does_not_take_is_no_damage(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(pytest.raises(LedgerError, match="larger than this build"))
+        ledger = await stack.enter_async_context(opened(tmp_path / "ledger"))
+        await ledger.restore(0)
+        ledger._file._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+        await finish(ledger, 1, length=5_000)
+
+
+@pytest.mark.parametrize("group", [{"prompt_id": "\ud800"}, {"extras": {"\ud800": np.zeros(8)}}])
+def test_what_no_text_is_called_by_is_no_damage(group: dict[str, Any]) -> None:
+    row = replace(a_group().rows[0], extras=group.get("extras", {}))
+    prompt_id = group.get("prompt_id", "p")
+    bad = Group.of([[row]], number=0, permit_version=0, prompt_id=prompt_id, task_id="t")
+    with pytest.raises(UsageError, match="UnicodeEncodeError in its prompt_id or in the names"):
+        encode_group(bad)
+
+
+def test_numpys_text_is_text() -> None:
+    row = replace(a_group().rows[0], extras={np.str_("x"): np.zeros(8)})
+    group = Group.of([[row]], number=0, permit_version=0, prompt_id="p", task_id="t")
+    assert list(decode_group(encode_group(group)).rows[0].extras) == ["x"]
 
 
 async def test_a_bug_of_ours_is_no_trouble_of_the_disk(

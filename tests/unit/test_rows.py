@@ -230,6 +230,12 @@ def test_an_extra_can_not_be_called_like_a_column(name: str) -> None:
         rows_from_result(a_row(extras={name: np.zeros(3)}))
 
 
+@pytest.mark.parametrize("name", [3, "\ud800", None])
+def test_an_extra_is_called_by_text(name: Any) -> None:
+    with pytest.raises(WorkflowError, match="an extra is called by text, not"):
+        rows_from_result(a_row(extras={name: np.zeros(3, np.int32)}))
+
+
 def areal_dict(**changes: Any) -> dict[str, Any]:
     """Rows of 2 and 3 tokens, the first padded."""
     return {
