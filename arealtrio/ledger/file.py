@@ -273,9 +273,16 @@ class LedgerFile:
         self._check_kept(batch)
         with explained(self.path), self._transaction():
             self._db.execute("UPDATE prompts SET batch = NULL WHERE batch > ?", (batch,))
-            self.acknowledged = min(self.acknowledged, batch)
+            if batch < self.acknowledged:
+                self.acknowledged = batch
+                newest = NO_BATCH if batch == NO_BATCH else version
+                self.acknowledged_version = min(self.acknowledged_version, newest)
             self.checkpoints = tuple(one for one in self.checkpoints if one[0] <= batch)
-            self._set_facts(acknowledged=self.acknowledged, checkpoints=self.checkpoints)
+            self._set_facts(
+                acknowledged=self.acknowledged,
+                acknowledged_version=self.acknowledged_version,
+                checkpoints=self.checkpoints,
+            )
             newer = self._db.execute(
                 "DELETE FROM groups WHERE tail > ? AND key IN "
                 "(SELECT key FROM prompts WHERE batch IS NULL)",

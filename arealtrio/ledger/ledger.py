@@ -252,11 +252,12 @@ class Ledger:
             )
 
     def _trim(self) -> None:
-        """Forget the batches that no checkpoint which can still be loaded needs."""
-        bounds = [self._checkpoints[0][0]] if self._checkpoints else []
-        if self._acknowledged != NO_BATCH:
-            bounds.append(self._acknowledged)
-        through = min(bounds)
+        """Forget the batches that no checkpoint which can still be loaded needs.
+
+        What is acknowledged needs none before it, and none after where states came later: a trainer
+        that has gone over to them would keep every batch for ever.
+        """
+        through = self._checkpoints[0][0] if self._checkpoints else self._acknowledged
         if through > self._trimmed:
             self._trimmed = through
             self._versions = {n: v for n, v in self._versions.items() if n > through}

@@ -112,10 +112,8 @@ class ModelLedger:
         return newest
 
     def _trim(self) -> None:
-        bounds = [batch for batch, _ in self.now.checkpoints[:1]]
-        if self.now.acknowledged >= 0:
-            bounds.append(self.now.acknowledged)
-        self.now.trimmed = max(self.now.trimmed, min(bounds))
+        oldest = self.now.checkpoints[0][0] if self.now.checkpoints else self.now.acknowledged
+        self.now.trimmed = max(self.now.trimmed, oldest)
         for key, prompt in list(self.now.prompts.items()):
             if prompt.batch is not None and prompt.batch <= self.now.trimmed:
                 del self.now.prompts[key]
@@ -137,7 +135,11 @@ class ModelLedger:
         """Go on after a batch; return how many groups are made again."""
         now = self.now
         now.batch = now.acknowledged if checkpoint is None else checkpoint[0]
-        now.acknowledged = min(now.acknowledged, now.batch)
+        if now.batch < now.acknowledged:
+            now.acknowledged = now.batch
+            now.acknowledged_version = min(
+                now.acknowledged_version, version if now.batch >= 0 else -1
+            )
         now.checkpoints = [one for one in now.checkpoints if one[0] <= now.batch]
         again = 0
         for prompt in now.prompts.values():

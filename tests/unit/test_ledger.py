@@ -294,6 +294,34 @@ async def test_acknowledged_batches_are_gone(tmp_path: Path) -> None:
     assert [e.key for e in (await left(path, 6)).entries] == [2, 3]
 
 
+async def test_a_trainer_that_goes_over_to_states_trims_by_them(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    async with opened(path, checkpoints=2) as ledger:
+        await ledger.restore(0)
+        for position in range(6):
+            ledger.deliver(await finish(ledger, 1, position), version=0)
+            await (ledger.state_dict(1) if position else ledger.ack(0))
+        assert ledger.statistics().trimmed == 4
+    with pytest.raises(LedgerError, match=r"ends with batch 0.*Load a newer checkpoint's"):
+        await left(path, 1)
+
+
+async def test_to_go_back_takes_what_was_acknowledged_back(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    async with opened(path, checkpoints=9) as ledger:
+        await ledger.restore(0)
+        keys = await finish(ledger, 6)
+        states = []
+        for version, key in enumerate(keys):
+            ledger.deliver([key], version)
+            states.append(await ledger.state_dict(version + 1))
+        await ledger.ack(5)
+    await left(path, 4, states[3])
+    with pytest.raises(LedgerError, match=r"batch 3, of version 4, is acknowledged"):
+        await left(path, 3)
+    assert [e.key for e in (await left(path, 4)).entries] == keys[4:]
+
+
 async def test_without_a_checkpoint_the_acknowledged_must_not_be_from_newer_weights(
     tmp_path: Path,
 ) -> None:
