@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,10 @@ class Ledger:
             self._waiting.set()
         pending.append(operation)
         self._pending_bytes += size_bytes
-        if self._pending_bytes > FLUSH_SIZE_BYTES or len(pending) > FLUSH_OPERATIONS:
+        self._hurry_if_much()
+
+    def _hurry_if_much(self) -> None:
+        if self._pending_bytes > FLUSH_SIZE_BYTES or len(self._pending) > FLUSH_OPERATIONS:
             self._urgent.set()
 
     # --- acknowledging -----------------------------------------------------------------------
@@ -365,9 +368,10 @@ class Ledger:
                 await self._write()
 
     async def _write(self) -> None:
-        operations, facts = self._pending, self._facts
+        operations, facts, size = self._pending, self._facts, self._pending_bytes
         self._pending, self._facts, self._pending_bytes = [], {}, 0
-        self._waiting.set()  # so that nobody is left waiting for one that is gone
+        for event in (self._waiting, self._urgent):
+            event.set()  # so that nobody is left waiting for one that is gone
         self._waiting, self._urgent = trio.Event(), trio.Event()
         try:
             if not self._abandoned:
@@ -375,7 +379,9 @@ class Ledger:
         except BaseException as exc:
             self._pending = operations + self._pending
             self._facts = {**facts, **self._facts}
+            self._pending_bytes += size
             self._waiting.set()
+            self._hurry_if_much()
             if isinstance(exc, ArealTrioError):
                 self._failed(exc)
             raise
@@ -391,16 +397,21 @@ class Ledger:
     async def _run(self) -> None:
         """Commit what was told, every ``flush_s`` while there is anything."""
         while True:
-            await self._waiting.wait()
-            if self._error is not None:  # what is outside is looked at again at an interval
-                await trio.sleep(self._flush_s)
-            else:
-                with trio.move_on_after(self._flush_s):
-                    await self._urgent.wait()
-            try:
+            waiting = self._waiting
+            await waiting.wait()
+            if waiting is self._waiting:
+                await self._pass_interval()
+            if waiting is not self._waiting and self._error is None:
+                continue  # somebody's flush wrote it; what came since has an interval of its own
+            with suppress(ArealTrioError):  # whoever asks for a batch is told; see check
                 await self.flush()
-            except ArealTrioError:
-                continue  # whoever asks for a batch is told; see check
+
+    async def _pass_interval(self) -> None:
+        if self._error is not None:  # what is outside is looked at again at an interval
+            await trio.sleep(self._flush_s)
+        else:
+            with trio.move_on_after(self._flush_s):
+                await self._urgent.wait()
 
     def abandon(self) -> None:
         """Write nothing any more: what is left is what a crash at this moment leaves.

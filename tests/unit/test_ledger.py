@@ -65,6 +65,49 @@ async def test_much_is_written_early(autojump_clock: Clock, tmp_path: Path) -> N
         assert trio.current_time() < 1000
 
 
+async def test_much_is_written_early_after_a_flush_too(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with opened(tmp_path / "ledger", flush_s=1000.0) as ledger:
+        await ledger.restore(0)
+        take(ledger, 1)
+        await trio.testing.wait_all_tasks_blocked()  # the interval has begun
+        await ledger.flush()
+        await finish(ledger, 1, position=1, length=100)
+        await trio.sleep(999)
+        assert ledger.statistics().commits == 1  # what came since has an interval of its own
+        await finish(ledger, 1, position=2, length=600_000)
+        await trio.testing.wait_all_tasks_blocked()
+        assert ledger.statistics().pending == 0
+        assert ledger.statistics().commits == 2
+
+
+async def test_what_is_told_right_after_a_flush_is_durable_within_flush_s(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with opened(tmp_path / "ledger", flush_s=5.0) as ledger:
+        await ledger.restore(0)
+        take(ledger, 1)
+        await ledger.flush()
+        take(ledger, 1, position=1)  # before the writer has had a turn
+        await trio.sleep(5.1)
+        assert ledger.statistics().pending == 0
+
+
+async def test_much_is_written_early_after_a_flush_that_was_cancelled_too(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with opened(tmp_path / "ledger", flush_s=1000.0) as ledger:
+        await ledger.restore(0)
+        await finish(ledger, 1, length=600_000)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await ledger._write()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ledger.statistics().pending == 0
+        assert trio.current_time() < 1000
+
+
 async def test_an_idle_ledger_sets_no_alarm(autojump_clock: Clock, tmp_path: Path) -> None:
     async with opened(tmp_path / "ledger", flush_s=1.0) as ledger:
         await ledger.restore(0)
@@ -185,12 +228,13 @@ async def test_a_checkpoint_that_was_never_written_can_be_passed_by(tmp_path: Pa
         await left(path, 0, states[2])  # its batch 2 is no batch any more
 
 
-async def fill_disk(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise LedgerError("full")
+def no_room(*_: Any) -> None:
+    raise LedgerError("full")
 
+
+async def fill_disk(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ledger._file, "apply", full)
+        patch.setattr(ledger._file, "apply", no_room)
         with pytest.raises(LedgerError, match="full"):
             await ledger.state_dict(version=0)
     await ledger.flush()
@@ -471,6 +515,22 @@ async def test_a_full_disk_is_one_error_and_no_loss(
         await ledger.state_dict(1)
         assert ledger.statistics().pending == 0
     assert [e.key for e in (await left(path)).entries] == keys
+
+
+async def test_a_full_disk_is_looked_at_every_flush_s_whoever_else_tries(
+    autojump_clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path / "ledger", flush_s=1.0) as ledger:
+        await ledger.restore(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger._file, "apply", no_room)
+            take(ledger, 1)
+            await trio.sleep(1.5)
+            for _ in range(3):
+                with pytest.raises(LedgerError, match="full"):
+                    await ledger.flush()
+        await trio.sleep(0.6)
+        ledger.check()
 
 
 async def end_full(path: Path, error: Exception | None) -> None:
