@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from .failures import FailureBudget
 from .groups import GroupTask
 from .lateness import expired, is_bounded
 from .recording import Recording
-from .trajectory import Batch
+from .trajectory import Batch, Group
 
 
 class BatchAssembly:
@@ -50,7 +51,9 @@ class BatchAssembly:
         self._recording = recording
         self._is_bounded = is_bounded(config)
         self._stream: BatchStream | None = None
-        self._untold: Batch | None = None  # no groups, but failures after an epoch's last batch
+        # For the next stream: groups given back after an epoch's end, and failures nobody was told.
+        self._left: list[Group] = []
+        self._untold: list[Batch] = []
         self._shuffle = np.random.default_rng(config.seed)
 
     def stream_of(self, loader: DataLoader, *, dynamic: bool) -> BatchStream:
@@ -60,19 +63,29 @@ class BatchAssembly:
             UsageError: For another loader while prompts of the last one are under way.
         """
         if self._stream is None or self._never_begun(self._stream, loader):
-            self._stream = BatchStream(
-                loader,
-                self._order,
-                self._config.consumer_batch_size,
-                self._consumption.charge_place,
-                self._config.max_consecutive_rejections,
-                None if self._recording is None else self._recording.open_feed(loader),
-            )
-            if self._untold is not None:
-                self._stream.tell_again(self._untold)
+            self._stream = self._begin_stream(loader, self._stream)
         self._stream.refuse(loader)
         self._consumption.take_places(self._stream.set_dynamic(dynamic))
         return self._stream
+
+    def _begin_stream(self, loader: DataLoader, instead_of: BatchStream | None) -> BatchStream:
+        """The stream of a new epoch, with what is left of the last one."""
+        stream = BatchStream(
+            loader,
+            self._order,
+            self._config.consumer_batch_size,
+            self._consumption.charge_place,
+            self._config.max_consecutive_rejections,
+            None if self._recording is None else self._recording.open_feed(loader),
+        )
+        if instead_of is not None:
+            self._left += [entry for entry in instead_of.places if isinstance(entry, Group)]
+        for group in self._left:
+            stream.put(group)
+        for batch in reversed(self._untold):
+            stream.tell_again(batch)
+        self._left = []
+        return stream
 
     def _never_begun(self, stream: BatchStream, loader: DataLoader) -> bool:
         """Whether ``loader`` may take the place of a stream's, which could not even be iterated."""
@@ -126,7 +139,7 @@ class BatchAssembly:
     def _end_stream(self, stream: BatchStream, version: int) -> Batch:
         """End an epoch with an empty batch. What failed since the last one is told in the next."""
         self._consumption.take_places(stream.give_up_places())
-        self._stream, self._untold = None, stream.batch((), version)
+        self._stream, self._untold = None, [stream.batch((), version)]
         if self._recording is not None:
             self._recording.end_epoch()
         return Batch(groups=(), version=version)
@@ -140,17 +153,22 @@ class BatchAssembly:
         batch = stream.batch(shuffled, version)
         return batch if self._recording is None else self._recording.delivered(batch)
 
-    def give_back(self, batch: Batch) -> bool:
-        """Return a batch that did not reach its consumer; say whether a later one delivers it."""
-        if self._stream is None:
-            return False
+    def give_back(self, batch: Batch) -> None:
+        """Return a batch that did not reach its consumer; the next one to leave holds it.
+
+        Raises:
+            UsageError: If the ledger does not know any more what was in it.
+        """
         if self._recording is not None:
             self._recording.returned(batch)
-        for group in batch.groups:
-            self._stream.put(group)
-        self._stream.tell_again(batch)
+        if self._stream is None:
+            self._left += batch.groups
+            self._untold.insert(0, replace(batch, groups=()))
+        else:
+            for group in batch.groups:
+                self._stream.put(group)
+            self._stream.tell_again(batch)
         self._consumption.take_back(batch.groups, batch.version - self._config.max_staleness)
-        return True
 
     def discard_outdated(self, version: int) -> bool:
         """Drop, or queue again, what waits for a batch and is too old for ``version``.

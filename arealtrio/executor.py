@@ -419,9 +419,15 @@ class WorkflowExecutor(ServerFace):
         return may
 
     def give_back(self, batch: Batch) -> None:
-        """Return a batch that did not reach its consumer; the next call delivers it again."""
-        if self._assembly.give_back(batch):
-            self._waiting.notify()
+        """Return a batch that did not reach its consumer; the next call delivers it again.
+
+        After its epoch's end that is the call which begins the next epoch.
+
+        Raises:
+            UsageError: With a ledger, if it was given back already, or is not of the last few.
+        """
+        self._assembly.give_back(batch)
+        self._waiting.notify()
 
     # --- the ledger --------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ class Recording:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._keys: dict[str, int] = {}  # task id -> the ledger's key
-        self._delivered: dict[int, dict[str, int]] = {}  # batch -> what its groups had
+        # batch -> the epoch under way as it left, and the keys that its groups had
+        self._delivered: dict[int, tuple[int, dict[str, int]]] = {}
         self._feed: RecordedFeed | None = None
         self._loader: DataLoader | None = None  # the last one
         self._epoch = 0  # the next to begin
@@ -194,15 +195,33 @@ class Recording:
         """A batch leaves for the trainer; return it with its number."""
         keys = {group.task_id: self._keys.pop(group.task_id) for group in batch.groups}
         number = self.ledger.deliver(keys.values(), batch.version)
-        self._delivered[number] = keys
+        self._delivered[number] = self._under_way, keys
         self._delivered.pop(number - DELIVERED_KEPT, None)
         return replace(batch, number=number)
 
     def returned(self, batch: Batch) -> None:
-        """A batch did not reach the trainer."""
-        if batch.number is not None:
-            self._keys.update(self._delivered.pop(batch.number))
-            self.ledger.take_back(batch.number)
+        """A batch did not reach the trainer; its groups are of the epoch that is under way now.
+
+        Raises:
+            UsageError: If it is none of the last ``DELIVERED_KEPT``, or was returned already.
+        """
+        if batch.number is None:
+            return
+        if batch.number not in self._delivered:
+            raise UsageError(
+                f"batch {batch.number} can not be given back: it was already, or it is none of the "
+                f"last {DELIVERED_KEPT}, which are all that are remembered"
+            )
+        epoch, keys = self._delivered.pop(batch.number)
+        self._keys.update(keys)
+        self.ledger.take_back(batch.number)
+        if epoch != self._under_way:  # else a restart would deliver it as an epoch of its own
+            self.ledger.move(keys.values(), self._under_way)
+
+    @property
+    def _under_way(self) -> int:
+        """The epoch whose feed is open, else the next."""
+        return self._epoch if self._feed is None else self._feed.epoch
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -212,8 +231,7 @@ class Recording:
         Asked before the ledger's own state: what was taken by now is then durable when that
         returns.
         """
-        epoch = self._epoch if self._feed is None else self._feed.epoch
-        return {**self._loader_place(), _UNDER_WAY: epoch}
+        return {**self._loader_place(), _UNDER_WAY: self._under_way}
 
     def _loader_place(self) -> dict[str, Any]:
         if self._loaded is not None:  # nothing of the newest epoch was taken since

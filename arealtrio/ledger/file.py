@@ -36,7 +36,7 @@ LOCK_WAIT_S = 2.0
 """For another process to let go of the file: one that was just killed may not be gone yet."""
 
 Operation: TypeAlias = tuple[
-    Literal["take", "progress", "settle", "close", "reopen", "deliver", "return", "trim"],
+    Literal["take", "progress", "settle", "close", "reopen", "deliver", "return", "move", "trim"],
     tuple[Any, ...],
 ]
 """A change: what to do, and the values for it."""
@@ -63,6 +63,8 @@ _STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "reopen": ("DELETE FROM groups WHERE key = ?",),
     "deliver": ("UPDATE prompts SET batch = ? WHERE key = ?",),
     "return": ("UPDATE prompts SET batch = NULL WHERE batch = ?",),
+    # It has no place in that epoch's loader: nothing is to be compared with it.
+    "move": ("UPDATE prompts SET epoch = ?, position = -1 WHERE key = ?",),
     "trim": ("DELETE FROM groups WHERE key IN (SELECT key FROM prompts WHERE batch <= ?)",
              "DELETE FROM prompts WHERE batch <= ?"),
 }  # fmt: skip
@@ -295,7 +297,7 @@ class LedgerFile:
                 marks={
                     (epoch, position): mark
                     for epoch, position, mark in self._db.execute(
-                        "SELECT epoch, position, mark FROM prompts"
+                        "SELECT epoch, position, mark FROM prompts WHERE position >= 0"
                     )
                 },
                 regenerated=newer.rowcount,

@@ -169,9 +169,15 @@ class Ledger:
 
     def take_back(self, number: int) -> None:
         """A batch did not reach the trainer; its groups wait again."""
-        if number == self._last_batch:  # else it stays a batch, of nothing
-            self._last_batch -= 1
+        newest = self._checkpoints[-1][0] if self._checkpoints else NO_BATCH
+        if number == self._last_batch > max(newest, self._acknowledged):
+            self._last_batch -= 1  # else it stays a batch, of nothing
         self._tell(("return", (number,)))
+
+    def move(self, keys: Iterable[int], epoch: int) -> None:
+        """What these prompts have become is of another epoch now."""
+        for key in keys:
+            self._tell(("move", (epoch, key)))
 
     def _tell(self, operation: Operation, size_bytes: int = 0) -> None:
         pending = self._pending
@@ -263,7 +269,7 @@ class Ledger:
         through = self._checkpoints[0][0] if self._checkpoints else self._acknowledged
         if through > self._trimmed:
             self._trimmed = through
-            self._versions = {n: v for n, v in self._versions.items() if n > through}
+            self._versions = {n: v for n, v in self._versions.items() if n >= through}
             self._facts.update(trimmed=through)
             self._tell(("trim", (through,)))
         else:
@@ -306,10 +312,15 @@ class Ledger:
             version: Of the weights that the run goes on with.
 
         Raises:
+            UsageError: If it was called already.
             LedgerError: If the checkpoint is older than what was trimmed; if something is
                 acknowledged and the weights are older; or if the file can not be read.
         """
-        assert not self._begun
+        if self._begun:
+            raise UsageError(
+                f"ledger {self.path}: a run goes on with it already, and it is of one run: close "
+                "it, and open it again for another executor"
+            )
         batch = self._file.acknowledged if self._loaded is None else self._loaded
         if self._loaded is None:
             self._check_version(version)

@@ -81,6 +81,10 @@ class ModelLedger:
                 prompt.batch = None
         self.now.batch -= 1
 
+    def move(self, key: int, epoch: int) -> None:
+        self.now.prompts[key].epoch = epoch
+        self.now.prompts[key].position = -1
+
     def flush(self) -> None:
         self.durable = copy.deepcopy(self.now)
 

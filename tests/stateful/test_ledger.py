@@ -31,6 +31,7 @@ STEPS = st.lists(
         st.tuples(st.just("settle"), INDEX),
         st.tuples(st.just("close"), INDEX),
         st.tuples(st.just("reopen"), INDEX),
+        st.tuples(st.just("move"), INDEX, st.integers(0, 1)),
         st.tuples(st.just("deliver"), st.integers(1, 3)),
         st.tuples(st.just("deliver"), st.integers(1, 3)),
         st.tuples(st.sampled_from(["take_back", "update", "flush", "checkpoint", "wait"])),
@@ -119,7 +120,9 @@ class Comparison:
         assert restored.batch == self.model.now.batch
         assert dict(restored.taken) == self.model.now.taken
         assert restored.marks == {
-            (p.epoch, p.position): f"p{p.key}" for p in self.model.now.prompts.values()
+            (p.epoch, p.position): f"p{p.key}"
+            for p in self.model.now.prompts.values()
+            if p.position >= 0
         }
         expected = [p for p in self.model.now.prompts.values() if p.batch is None]
         assert [e.key for e in restored.entries] == [p.key for p in expected]
@@ -169,6 +172,12 @@ class Comparison:
             key = finished[index % len(finished)].key
             self.model.reopen(key)
             self.ledger.reopen(key)
+
+    def move(self, index: int, epoch: int) -> None:
+        if finished := self.model.finished():
+            key = finished[index % len(finished)].key
+            self.model.move(key, epoch)
+            self.ledger.move([key], epoch)
 
     def deliver(self, count: int) -> None:
         keys = [prompt.key for prompt in self.model.finished()[:count]]

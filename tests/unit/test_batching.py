@@ -685,6 +685,36 @@ async def test_the_last_batch_of_an_epoch_is_delivered_again_too(autojump_clock:
             await executor.prepare_batch(loader, Instant())
 
 
+async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs(
+    autojump_clock: Clock,
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=3, max_staleness=9) as (
+        executor,
+        _,
+    ):
+        loader = prompt_list(7)
+        workflow = Instant(lambda data: None if data["prompt_id"] in (4, 6) else "accept")
+        first, last = [batch async for batch in executor.batches(loader, workflow)]
+        executor.give_back(last)
+        check_counts(executor)
+        with pytest.raises(TypeError):  # a loader that can not be begun loses none of it
+            await executor.prepare_batch(CanNotBegin(), workflow)
+        again = [batch async for batch in executor.batches(prompt_list(3), workflow)]
+        delivered = [i for batch in again for i in prompt_ids(batch)]
+        assert sorted(delivered) == sorted([*prompt_ids(last), 0, 1, 2])
+        assert prompt_ids(last) == [3, 5]
+        assert {3, 5} < set(prompt_ids(again[0]))
+        told = [failure.prompt_id for batch in again for failure in batch.failures]
+        assert told == ["4", "6"]
+        check_counts(executor)
+        assert len(first) == 3
+
+
+class CanNotBegin:
+    def __iter__(self) -> Any:
+        raise TypeError
+
+
 async def test_submit_and_prepare_batch_share_the_budget_and_nothing_else(
     autojump_clock: Clock,
 ) -> None:

@@ -340,6 +340,69 @@ async def test_a_batch_that_nobody_got_is_given_back(autojump_clock: Clock, tmp_
             assert ids(await executor.prepare_batch(loader, workflow)) == ids(batch)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs_after_a_crash_too(
+    autojump_clock: Clock, tmp_path: Path, begun: bool
+) -> None:
+    async with open_run(tmp_path, max_staleness=20) as run:
+        async with run.life() as executor:
+            loader = prompt_list(8)
+            first, last = [batch async for batch in executor.batches(loader, Instant())]
+            if begun:
+                await executor.prepare_batch(loader, Instant())
+            executor.give_back(last)
+            state = await executor.state_dict(first)
+        for state_of_life in (state, state):
+            async with run.life(state_of_life) as executor:
+                trained = await train(executor, loader, Instant())
+                assert sorted(trained) == sorted([*ids(last), *map(str, range(8))])
+
+
+async def test_a_batch_that_a_checkpoint_names_keeps_its_number_when_it_is_given_back(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with open_run(tmp_path) as run:
+        async with run.life() as executor:
+            loader = prompt_list(16)
+            batch = await executor.prepare_batch(loader, Instant())
+            state = await executor.state_dict()
+            executor.give_back(batch)
+            again = await executor.prepare_batch(loader, Instant())
+            assert (batch.number, again.number) == (0, 1)
+            await executor.ledger.flush()  # type: ignore[union-attr]
+        async with run.life(state) as executor:
+            trained = await train(executor, prompt_list(16), Instant())
+    assert sorted(map(int, trained)) == list(range(16))
+
+
+async def test_what_can_not_be_given_back_any_more_changes_nothing(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    loader = prompt_list(80)
+    async with open_run(tmp_path, max_staleness=40) as run, run.life() as executor:
+        batches = [await executor.prepare_batch(loader, Instant()) for _ in range(10)]
+        executor.give_back(batches[9])
+        before = executor.staleness_manager.get_stats(), executor.status()
+        for batch in (batches[0], batches[9]):
+            with pytest.raises(UsageError, match=f"batch {batch.number} can not be given back"):
+                executor.give_back(batch)
+        assert before == (executor.staleness_manager.get_stats(), executor.status())
+        trained = await train(executor, loader, Instant())
+        assert sorted(map(int, trained)) == list(range(36, 80))
+
+
+async def test_one_ledger_is_of_one_executor(autojump_clock: Clock, tmp_path: Path) -> None:
+    async with open_fleet(1, lengths=FixedLengths(10)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, ledger_path=str(tmp_path / "ledger"))
+        async with open_ledger_of(config, inline=True) as ledger:
+            async with open_executor(config, transport=fleet, ledger=ledger) as executor:
+                await executor.begin()
+            async with open_executor(config, transport=fleet, ledger=ledger) as executor:
+                for _ in range(2):
+                    with pytest.raises(UsageError, match=r"a run goes on with it.*open it again"):
+                        await executor.prepare_batch(prompt_list(4), Instant())
+
+
 async def test_dynamic_batches_and_groups_go_through_it(
     autojump_clock: Clock, tmp_path: Path
 ) -> None:
