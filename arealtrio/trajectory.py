@@ -187,7 +187,9 @@ class Batch:
     """Exactly what one training step consumes: whole groups, in order.
 
     Args:
-        groups: The accepted groups.
+        groups: The accepted groups. Read their arrays and write into copies, as ``padded`` and
+            ``packed`` return: a ledger has these arrays on the disk only ``ledger_flush_s`` later,
+            and a restart would deliver what was written into them meanwhile.
         version: The consuming version: the trainer's weights before this step.
         failures: The records of what settled otherwise since the batch before, as the executor
             writes them; the newest, where they are very many.
