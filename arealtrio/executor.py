@@ -546,7 +546,8 @@ class WorkflowExecutor(ServerFace):
         update = update or WeightUpdate.label(version)
         if update.version != version:
             raise UsageError(f"recover({version}) was given an update to {update.version}")
-        if self.counts.submitted > self.counts.queued or self._consumption.groups:
+        restored = 0 if self._recording is None else self._recording.restored
+        if self.counts.submitted > self.counts.queued + restored or self._consumption.groups:
             raise UsageError("recover comes first: rollouts were started already")
         if self._recording is not None:
             self._recording.check_version(version)
@@ -558,9 +559,9 @@ class WorkflowExecutor(ServerFace):
     async def _recovered(self, version: int) -> None:
         restored = 0
         if self._recording is not None:
-            restored = await self._recording.begin(version)
+            self._admission.restore(await self._recording.begin(version))
+            restored = self._recording.restored  # also where state_dict has begun it
         self._admission.recovering = False
-        self._admission.restore(restored)
         self.staleness_manager.on_version_recovered(version, restored)
         self._consumption.recover(version)
         self._changed()
@@ -571,9 +572,12 @@ class WorkflowExecutor(ServerFace):
         After a ``recover`` that failed, it is one that succeeds.
 
         Raises:
+            UsageError: After such a one, if the state that was loaded is of a newer version.
             WeightUpdateError: If fewer than ``min_updated`` servers took them; the version stays.
         """
         self._check_open()
+        if self._admission.recovering and self._recording is not None:
+            self._recording.check_version(update.version)
         result = await update_weights(self.engine.pool, update)
         if self._admission.recovering:
             await self._recovered(result.version)

@@ -33,6 +33,9 @@ class Recording:
 
     Args:
         ledger: Open.
+
+    Attributes:
+        restored: Finished groups that ``begin`` found.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -45,6 +48,8 @@ class Recording:
         self._epoch = 0  # the next to begin
         self._loaded: Mapping[str, Any] | None = None
         self._restored: Restored | None = None
+        self._begun_with = 0  # the version
+        self.restored = 0
         self._entries: dict[int, list[Entry]] = {}  # by epoch, of those not begun
         self._begin_lock = trio.Lock()
 
@@ -75,11 +80,17 @@ class Recording:
         return self._restored is not None
 
     def check_version(self, version: int) -> None:
-        """Refuse to go on with weights older than the loaded checkpoint's.
+        """Refuse to go on with weights older than the loaded checkpoint's, or than it was begun by.
 
         Raises:
             UsageError: If they are.
         """
+        if version < self._begun_with:
+            raise UsageError(
+                f"where the ledger's run goes on was decided by version {self._begun_with} already "
+                f"(prepare_batch and state_dict do), and groups are back that {version} can not "
+                "have made: restart, and call recover first"
+            )
         wanted = 0 if self._loaded is None else self._loaded["version"]
         if version < wanted:
             raise UsageError(
@@ -105,7 +116,9 @@ class Recording:
             if self._restored is not None:
                 return 0
             self.check_version(version)
-            return self._sort(await self.ledger.restore(version), version)
+            self.restored = self._sort(await self.ledger.restore(version), version)
+            self._begun_with = version
+            return self.restored
 
     def _sort(self, restored: Restored, version: int) -> int:
         """Number what is finished by its oldest token, below every permit that will be granted."""

@@ -495,6 +495,54 @@ async def test_wrong_calls_say_what_to_do(autojump_clock: Clock, tmp_path: Path)
                 await executor.ack(batch)
 
 
+async def leave_eight_finished(run: Run) -> None:
+    async with run.life() as executor:
+        await executor.prepare_batch(prompt_list(16), Generates())
+        await trio.sleep(30)
+
+
+@pytest.mark.parametrize("end", ["recover", "update_weights"])
+async def test_what_a_checkpoint_between_two_recovers_brought_back_counts(
+    autojump_clock: Clock, tmp_path: Path, end: str
+) -> None:
+    """The first one is interrupted, and what handles that asks for a state."""
+    async with open_run(tmp_path) as run:
+        await leave_eight_finished(run)
+        update = WeightUpdate.from_disk(checkpoint(1), 1)
+        async with run.life(max_staleness=2) as executor:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await executor.recover(1, update)
+            assert executor.status().admission.recovering
+            await executor.state_dict()
+            await (
+                executor.recover(1, update) if end == "recover" else executor.update_weights(update)
+            )
+            check_counts_of_ledger(executor, version=1, restored=8)
+            trained = await train(executor, prompt_list(16), Generates())
+        assert sorted(map(int, trained)) == list(range(16))
+
+
+async def test_recover_after_a_checkpoint_goes_on_from_where_that_began(
+    autojump_clock: Clock, tmp_path: Path
+) -> None:
+    async with open_run(tmp_path) as run:
+        await leave_eight_finished(run)
+        async with run.life() as executor:
+            await executor.state_dict()
+            capacity = executor.get_capacity()
+            await executor.recover(0)
+            assert executor.get_capacity() == capacity
+            check_counts_of_ledger(executor, version=0, restored=8)
+        other = Run(tmp_path / "other", run.fleet, straggler_policy="keep")
+        async with other.life() as executor:
+            await executor.update_weights(WeightUpdate.from_disk(checkpoint(2), 2))
+            await executor.state_dict()
+            with pytest.raises(UsageError, match=r"decided by version 2.*call recover first"):
+                await executor.recover(1)
+            assert not executor.status().admission.recovering
+
+
 # --- cancellation --------------------------------------------------------------------------------
 
 
