@@ -199,6 +199,11 @@ class RolloutController:
         self._calls_lock = threading.Lock()
         self._ended = False
         self._crash: BaseException | None = None
+        # While a thread has it the loader stands still, and so does its place on the trio side, but
+        # for what was fed before. Reentrant, since a signal handler may run inside of a read.
+        self._loader_lock = threading.RLock()
+        self._reading = False
+        self._feeding = False  # whether the trio side is still to take what was read
 
     # --- life --------------------------------------------------------------------------------
 
@@ -459,8 +464,7 @@ class RolloutController:
                 if not step.groups:
                     raise StopIteration
                 return step
-            stream.feed.read(step)
-            self._feed(stream, step, arguments)
+            self._read(stream, step, arguments)
 
     def _next_step(self, stream: BatchStream) -> Batch | int:
         executor = self._live
@@ -471,14 +475,38 @@ class RolloutController:
 
         return self._call(lambda: executor.next_step(stream), undo=undo)
 
+    def _read(self, stream: BatchStream, count: int, arguments: RolloutArguments) -> None:
+        """Read prompts and feed them. No other thread reads, or asks where the loader is."""
+        with self._loader_lock:
+            self._check_not_reading()
+            if self._feeding:  # what another thread read; else next_step was after it
+                self._ask(lambda executor: executor.closed)
+            try:
+                self._reading = True
+                stream.feed.read(count)
+            finally:
+                self._reading = False
+            self._feed(stream, count, arguments)
+
+    def _check_not_reading(self) -> None:
+        """With the loader's lock, another thread is not."""
+        if self._reading:
+            raise UsageError(
+                "the data loader is being read by this thread, and where it is can not be said: "
+                "call neither state_dict nor prepare_batch out of the loader itself; a signal "
+                "handler sets a flag, and the trainer calls state_dict after prepare_batch"
+            )
+
     def _feed(self, stream: BatchStream, count: int, arguments: RolloutArguments) -> None:
         """Let the trio side take prompts that were read: an interrupt here leaves them there."""
         executor = self._live
 
         def feed() -> None:
+            self._feeding = False
             if not executor.closed:
                 executor.feed(stream, stream.feed.pop(count), arguments)
 
+        self._feeding = True
         if not self._post(feed):
             raise self._ended_error()
 
@@ -518,11 +546,17 @@ class RolloutController:
     def state_dict(self, batch: Batch | None = None) -> dict[str, Any]:
         """Return what a checkpoint has to hold. See ``WorkflowExecutor.state_dict``.
 
-        The data loader is asked for its state in this thread.
+        The data loader is asked for its state in this thread; another thread that reads prompts is
+        waited for.
+
+        Raises:
+            UsageError: Out of the data loader, too, or a signal handler that interrupts it.
         """
         executor = self._live
         self._call(executor.begin)
-        place = self._ask(lambda executor: executor.recording).place()
+        with self._loader_lock:
+            self._check_not_reading()
+            place = self._ask(lambda executor: executor.recording.placing())()
         version = self.get_version()
         state = self._call(lambda: executor.recording.state_dict(version, batch))
         return {**state, **place}

@@ -494,7 +494,7 @@ class WorkflowExecutor(ServerFace):
             LedgerError: If the ledger can not be written; then there is no checkpoint to make.
         """
         await self.begin()
-        place = self.recording.place()  # first: what is taken by now is durable then
+        place = self.recording.placing()()  # first: what is taken by now is durable then
         return {**await self.recording.state_dict(self.get_version(), batch), **place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from .errors import LedgerError
@@ -138,13 +138,13 @@ class RecordedFeed(LoaderFeed):
         fresh, self._fresh = self._fresh, []
         return self.position - len(fresh), fresh
 
-    def place(self) -> LoaderPlace:
-        """Where the loader is now."""
+    def placing(self) -> Callable[[], LoaderPlace]:
+        """Fix where the loader is; what is returned, called before it is read on, asks it too."""
         if not self._begun or self.position < self._taken:
-            return self._place or LoaderPlace(self.epoch)
-        return LoaderPlace(
-            self.epoch, self.position, tuple(self._ahead), state_of(self.loader), self._ended
-        )
+            known = self._place or LoaderPlace(self.epoch)
+            return lambda: known
+        place = LoaderPlace(self.epoch, self.position, tuple(self._ahead), None, self._ended)
+        return lambda: replace(place, loader=state_of(self.loader))
 
     # --- the prompts of an earlier life ------------------------------------------------------
 

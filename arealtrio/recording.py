@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
@@ -28,8 +29,8 @@ DELIVERED_KEPT = 8
 class Recording:
     """Keeps the ledger of what ``prepare_batch`` takes from its data loaders.
 
-    All but ``place`` is called on the trio side. A prompt is known here by its task id from when it
-    is taken until its batch is delivered.
+    All of it is called on the trio side, but for what ``placing`` returns. A prompt is known here
+    by its task id from when it is taken until its batch is delivered.
 
     Args:
         ledger: Open.
@@ -238,20 +239,25 @@ class Recording:
 
     # --- checkpoints -------------------------------------------------------------------------
 
-    def place(self) -> dict[str, Any]:
-        """Where the data loader is, and in which epoch; called in the thread that iterates it.
+    def placing(self) -> Callable[[], dict[str, Any]]:
+        """Fix where the data loader is, and in which epoch, for a checkpoint.
 
         Asked before the ledger's own state: what was taken by now is then durable when that
         returns.
-        """
-        return {**self._loader_place(), _UNDER_WAY: self._under_way}
 
-    def _loader_place(self) -> dict[str, Any]:
+        Returns:
+            To be called in the thread that iterates the loader, before it does so again: it asks
+            the loader for its state, and returns it with the rest.
+        """
+        epoch, loader_place = self._under_way, self._loader_placing()
+        return lambda: {**loader_place().as_dict(), _UNDER_WAY: epoch}
+
+    def _loader_placing(self) -> Callable[[], LoaderPlace]:
         if self._loaded is not None:  # nothing of the newest epoch was taken since
-            return LoaderPlace.of(self._loaded).as_dict()
+            return partial(LoaderPlace.of, self._loaded)
         if self._feed is not None:
-            return self._feed.place().as_dict()
-        return LoaderPlace.between_epochs(self._epoch, self._loader).as_dict()
+            return self._feed.placing()
+        return partial(LoaderPlace.between_epochs, self._epoch, self._loader)
 
     async def state_dict(self, version: int, batch: Batch | None) -> dict[str, Any]:
         """The ledger's part of a checkpoint. See ``Ledger.state_dict``."""

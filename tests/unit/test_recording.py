@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -915,3 +917,124 @@ def test_the_face_for_a_trainers_thread(tmp_path: Path) -> None:
                 trained += ids(batch)
                 rollout.set_version(rollout.get_version() + 1)
         assert sorted(trained) == sorted(f"s{n}" for n in range(20))
+
+
+@contextmanager
+def open_controller(tmp_path: Path, **config: Any) -> Iterator[RolloutController]:
+    with two_processes(save_weights(tmp_path, 1), "--max-num-seqs", "8") as servers:
+        of_run = RolloutConfig(
+            servers=[server.url for server in servers],
+            consumer_batch_size=4,
+            ledger_path=str(tmp_path / "ledger"),
+            **config,
+        )
+        with RolloutController(of_run) as rollout:
+            yield rollout
+
+
+class WaitingLoader(StatefulLoader):
+    """Waits in the middle of a read, until it is told to go on or asked for its state."""
+
+    def __init__(self, count: int, waits_at: int) -> None:
+        super().__init__(count)
+        self._waits_at = waits_at
+        self.waits, self.go_on = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        for prompts in super().__iter__():
+            if self._at == self._waits_at:
+                self.waits.set()
+                self.go_on.wait()
+            yield prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        self.go_on.set()
+        return super().state_dict()
+
+
+def test_a_checkpoint_of_one_thread_waits_for_the_read_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = WaitingLoader(40, waits_at=20)
+
+    class Lock:
+        """Tells the loader to go on when somebody comes who has to wait for it."""
+
+        def __init__(self) -> None:
+            self._lock = threading.RLock()
+
+        def __enter__(self) -> None:
+            if loader.waits.is_set():
+                loader.go_on.set()
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    with open_controller(tmp_path, queue_size=24) as rollout, ThreadPoolExecutor(1) as thread:
+        monkeypatch.setattr(rollout, "_loader_lock", Lock())
+        batch = thread.submit(rollout.prepare_batch, loader, Instant())
+        loader.waits.wait()
+        state = rollout.state_dict()
+        assert state["position"] + len(state["ahead"]) == state["loader"]["at"] >= 20
+        assert len(batch.result()) == 4
+
+
+class ReadsFiles(StatefulLoader):
+    """As loaders do, between counting a prompt as read and giving it: other threads get a turn."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for prompts in super().__iter__():
+            Path(__file__).read_bytes()
+            yield prompts
+
+
+def test_threads_that_take_batches_at_once_lose_no_prompt(tmp_path: Path) -> None:
+    loader = ReadsFiles(400, 3)
+    with (
+        open_controller(tmp_path, max_staleness=200, queue_size=8) as rollout,
+        ThreadPoolExecutor(3) as threads,
+    ):
+
+        def take(count: int) -> list[str]:
+            return [i for _ in range(count) for i in ids(rollout.prepare_batch(loader, Instant()))]
+
+        taken = [threads.submit(take, 30) for _ in range(3)]
+        for _ in range(20):
+            state = rollout.state_dict()
+            if state["loader"] is not None:
+                assert state["position"] + len(state["ahead"]) == min(400, state["loader"]["at"])
+        trained = [i for future in taken for i in future.result()]
+        assert len(trained) == len(set(trained)) == 360
+
+
+def test_no_checkpoint_is_made_out_of_the_loader(tmp_path: Path) -> None:
+    class Asks(StatefulLoader):
+        def __iter__(self) -> Iterator[Any]:
+            for prompts in super().__iter__():
+                with pytest.raises(UsageError, match=r"is being read by this thread.*sets a flag"):
+                    rollout.state_dict()
+                yield prompts
+
+    with open_controller(tmp_path) as rollout:
+        loader = Asks(16)
+        assert len(rollout.prepare_batch(loader, Instant())) == 4
+        assert rollout.state_dict()["batch"] == 0
+
+
+def test_an_interrupted_read_keeps_no_thread_from_the_loader(tmp_path: Path) -> None:
+    class Interrupted(StatefulLoader):
+        interrupted = False
+
+        def __iter__(self) -> Iterator[Any]:
+            if not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    with open_controller(tmp_path) as rollout, ThreadPoolExecutor(1) as thread:
+        loader = Interrupted(16)
+        with pytest.raises(KeyboardInterrupt):
+            rollout.prepare_batch(loader, Instant())
+        assert thread.submit(rollout.state_dict).result()["position"] == 0
+        assert len(thread.submit(rollout.prepare_batch, loader, Instant()).result()) == 4
