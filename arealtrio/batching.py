@@ -51,6 +51,7 @@ class BatchStream:
         self.places: DeliveryQueue[Group | RolloutResult] = DeliveryQueue(order)
         self.unsettled = 0
         self.read_ahead = False  # whether prompts were read since a batch became ready
+        self.delivered = self.feed.resumed  # whether a batch left, as far as anybody knows
         # What settled otherwise since the last batch: the newest, and how many came before them.
         self.failures: deque[RolloutResult] = deque(maxlen=FAILURES_KEPT)
         self.failures_omitted = 0

@@ -327,7 +327,8 @@ class WorkflowExecutor(ServerFace):
         Raises:
             StopAsyncIteration: The loader is exhausted, and everything was delivered.
             TooManyFailures: ``max_consecutive_failures`` groups failed in a row, with the causes;
-                or ``max_consecutive_rejections`` were rejected.
+                or ``max_consecutive_rejections`` were rejected; or an epoch ended without a batch
+                because its groups failed.
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
             LedgerError: If what happened can not be made durable; nothing is delivered meanwhile.

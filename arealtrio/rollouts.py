@@ -16,10 +16,10 @@ import trio
 
 from .admission import Admission
 from .config import RolloutConfig
-from .containment import contained, what_ends_the_run
+from .containment import contained, is_cancelled_from_outside, what_ends_the_run
 from .delivery import PermitOrder
 from .engine import RemoteEngine
-from .errors import DeadlineExceeded, RolloutClosed
+from .errors import DeadlineExceeded, RolloutClosed, WorkflowError
 from .failures import FailureBudget
 from .groups import CANCELLED, GroupTask, Verdict, judge
 from .lateness import is_bounded, is_older, outdated, straggler
@@ -164,6 +164,8 @@ class RolloutNursery:
             error = contained(exc, group.workflow)
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         finally:
+            if verdict.outcome is not Outcome.ACCEPTED and is_cancelled_from_outside():
+                self.close()  # first: what a workflow makes of that is no failure of the prompt's
             self._member_ended(group, index, verdict)
             if watch is not None:
                 watch.between_steps()
@@ -193,7 +195,7 @@ class RolloutNursery:
             self.close()
             raise
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
-            verdict = outdated(accepted, self.get_version())
+            verdict = self._too_old(group, accepted)
             accepted = None
         if accepted is None and not self._closed and self._begin_again(group, verdict):
             self._changed()
@@ -257,6 +259,21 @@ class RolloutNursery:
     def _is_outdated(self, group: Group) -> bool:
         """Whether no batch may hold this group any more."""
         return self._is_bounded and is_older(group, self._oldest())
+
+    def _too_old(self, task: GroupTask, group: Group) -> Verdict:
+        """How a group ends that is too old although it was made well, if it was.
+
+        No server's token is older than the version that its rollout started in: what is comes from
+        the workflow, and would come again, from every prompt and for ever.
+        """
+        if task.permit is None or task.permit.version < self._oldest():
+            return outdated(group, self.get_version())
+        error = WorkflowError(
+            f"it returned a token of version {group.head_version}, from before it started (in "
+            f"{task.permit.version}) and too old for any batch: give rows the versions of the "
+            "responses they are made of"
+        )
+        return Verdict(Outcome.FAILED, Failure(FailureKind.WORKFLOW, error))
 
     def _stop_stragglers(self) -> None:
         """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""
