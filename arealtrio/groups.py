@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from trio.lowlevel import disable_ki_protection
 
 from .containment import contained, what_ends_the_run
 from .engine import RemoteEngine
@@ -201,8 +202,9 @@ def judge(group: GroupTask) -> tuple[Group | None, Verdict]:
     return None, REJECTED
 
 
+@disable_ki_protection
 def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:
-    """Ask the filter.
+    """Ask the filter, which Ctrl-C may interrupt, as all user code.
 
     Raises:
         WorkflowError: If it answers neither True nor False.

@@ -3,7 +3,7 @@
 Every decision (who starts, how a group ends, who is woken) is a synchronous function of this
 object's state; only ``_run_member`` and the waits suspend. So there is no lock, and nothing is
 polled: whatever changes the state calls ``_changed``, which starts what may start and wakes who can
-go on.
+go on. Ctrl-C comes between two such steps and never within one: half a step is counted for ever.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from .admission import Admission
 from .config import RolloutConfig
@@ -121,6 +122,7 @@ class RolloutNursery:
 
     # --- starting --------------------------------------------------------------------------------
 
+    @enable_ki_protection
     def _enqueue(self, groups: Iterable[GroupTask]) -> None:
         if self._watch is not None and not self.counts.submitted % 16:  # a look now and then
             self._watch.called()
@@ -130,6 +132,7 @@ class RolloutNursery:
             self._alarm.arm()
         self._pump()
 
+    @enable_ki_protection
     def _pump(self) -> None:
         """Start every member that may start. The only place where a rollout begins."""
         while not self._closed and (member := self._admission.next_member(self.engine)):
@@ -175,6 +178,7 @@ class RolloutNursery:
         error = DeadlineExceeded(f"the rollout did not settle within rollout_timeout_s={limit:g}")
         return Verdict(Outcome.EXPIRED, Failure(FailureKind.INFRASTRUCTURE, error, index))
 
+    @enable_ki_protection
     def _member_ended(self, group: GroupTask, index: int, verdict: Verdict) -> None:
         group.member_ended(index, verdict)
         self._admission.member_ended(group)
@@ -245,6 +249,7 @@ class RolloutNursery:
             return
         self._failures.record(verdict.failure.error if verdict.failure is not None else None)
 
+    @enable_ki_protection
     def _cancel(self, group: GroupTask) -> None:
         """Withdraw a group; harmless once it has settled."""
         if group.task_id not in self._live:
@@ -324,6 +329,7 @@ class RolloutNursery:
         if self._closed:
             raise _closed_error()
 
+    @enable_ki_protection
     def close(self) -> None:
         """Wake every waiter, settle what is queued as cancelled, cancel what runs. Idempotent."""
         if self._closed:
