@@ -9,6 +9,9 @@ import trio
 from .asyncio_workflow import explain_asyncio
 from .errors import WorkflowError
 
+interruptible = trio.lowlevel.disable_ki_protection
+"""Decorator of a function that calls user code: Ctrl-C may interrupt it, as it may not us."""
+
 
 def what_ends_the_run(error: BaseException) -> BaseException | None:
     """Return the part of an error that ends the run; None where it costs one group alone.

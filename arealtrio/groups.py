@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-from trio.lowlevel import disable_ki_protection
 
-from .containment import contained, what_ends_the_run
+from .containment import contained, interruptible, what_ends_the_run
 from .engine import RemoteEngine
 from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
@@ -202,7 +201,7 @@ def judge(group: GroupTask) -> tuple[Group | None, Verdict]:
     return None, REJECTED
 
 
-@disable_ki_protection
+@interruptible
 def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:
     """Ask the filter, which Ctrl-C may interrupt, as all user code.
 
