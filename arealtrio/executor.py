@@ -108,7 +108,8 @@ class WorkflowExecutor(ServerFace):
             should_accept_fn: Given the accepted ``Group``; False rejects it. Or an import path.
             task_id: To ask for with ``wait_for_task``; None makes one.
             is_eval: Uses the servers, but no permit: evaluation never consumes staleness.
-            group_size: Rollouts of this prompt; the group is what settles and is delivered.
+            group_size: Rollouts of this prompt, 16,384 at most; the group is what settles and is
+                delivered.
             group_policy: What becomes of the group when a member does not succeed; None: all must.
 
         Returns:

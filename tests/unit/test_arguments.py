@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from arealtrio.arguments import RolloutArguments, positive, resolve_accept, resolve_workflow
+from arealtrio.config import GROUP_SIZE_MAX
 from arealtrio.errors import UsageError
 from arealtrio.trajectory import Group
 
@@ -62,6 +63,14 @@ def test_positive_refuses(value: Any) -> None:
     with pytest.raises(UsageError, match="size must be an integer of at least 1"):
         positive("size", value)
     assert positive("size", 3) == 3
+
+
+@pytest.mark.parametrize("size", [GROUP_SIZE_MAX + 1, 99_999_999_999])
+def test_a_group_has_a_largest_size(size: int) -> None:
+    with pytest.raises(UsageError, match=f"group_size must be at most {GROUP_SIZE_MAX}, not"):
+        RolloutArguments.of(Instant(), None, None, size)
+    largest = RolloutArguments.of(Instant(), None, None, GROUP_SIZE_MAX)
+    assert largest.group("t", {}, lambda *_: None).size == GROUP_SIZE_MAX
 
 
 def test_arguments_are_resolved_once() -> None:
