@@ -24,7 +24,7 @@ from .errors import UsageError
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, GroupTask, WorkflowLike
 from .lateness import expired, is_older
-from .ledger import Ledger
+from .ledger import Ledger, LedgerStatistics
 from .loader import Prompt
 from .recording import Recording, open_recording
 from .results import ResultPool
@@ -441,6 +441,14 @@ class WorkflowExecutor(ServerFace):
         if self._recording is None:
             raise UsageError("no ledger is kept: name its file with ledger_path in the config")
         return self._recording
+
+    def ledger_statistics(self) -> LedgerStatistics:
+        """The ledger's numbers at this moment: what was restored, and what is to be trimmed.
+
+        Raises:
+            UsageError: If no ledger is kept.
+        """
+        return self.recording.ledger.statistics()
 
     async def begin(self) -> None:
         """Decide where a run with a ledger goes on, if that is not decided; see ``recover``."""
