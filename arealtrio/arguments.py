@@ -68,14 +68,9 @@ class RolloutArguments:
         Raises:
             UsageError: If the prompt is no mapping.
         """
-        if type(prompt) is not dict and not isinstance(prompt, Mapping):
-            raise UsageError(
-                "a prompt is a mapping, such as {'input_ids': [...]}, "
-                f"not {type(prompt).__name__}"
-            )
         return GroupTask(
             task_id=task_id,
-            data=prompt,
+            data=prompt if type(prompt) is dict else as_dict(prompt),
             workflow=self.workflow,
             should_accept=self.should_accept,
             size=self.group_size,
@@ -119,6 +114,21 @@ class ArgumentResolver:
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
         return self._last
+
+
+def as_dict(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as a workflow may ask for it; a dict as it is, of another mapping a copy.
+
+    Raises:
+        UsageError: If it is no mapping.
+    """
+    if isinstance(prompt, dict):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    raise UsageError(
+        f"a prompt is a mapping, such as {{'input_ids': [...]}}, not {type(prompt).__name__}"
+    )
 
 
 def resolve_workflow(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
     for resolve in (resolve_workflow, resolve_accept):
         with pytest.raises(UsageError, match="can not be imported"):
             resolve(path)
+
+
+def test_a_workflow_gets_a_dict() -> None:
+    arguments = RolloutArguments.of(Instant(), None, None, 1)
+    prompt = {"prompt_id": 3}
+    assert arguments.group("t", prompt, lambda *_: None).data is prompt
+    copied = arguments.group("t", MappingProxyType(prompt), lambda *_: None).data
+    assert (type(copied), copied) == (dict, prompt)
 
 
 def test_arguments_for_an_instance_are_refused() -> None:

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import arealtrio
-from arealtrio import GenerationHyperparameters, SingleTurnWorkflow, Tokenizer
+from arealtrio import (
+    Engine,
+    GenerationHyperparameters,
+    ModelRequest,
+    RolloutWorkflow,
+    SingleTurnWorkflow,
+    Tokenizer,
+)
+
+
+class AsInAReaL:
+    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> dict[str, Any] | None:
+        response = await engine.agenerate(ModelRequest(data["input_ids"]))
+        return {"input_ids": response.output_tokens}
+
+
+class OfAnyMapping:
+    async def arun_episode(self, engine: Engine, data: Mapping[str, Any]) -> None:
+        await engine.agenerate(ModelRequest(data["input_ids"]))
 
 
 class Letters:
@@ -25,3 +46,8 @@ def single_turn(tokenizer: Tokenizer) -> SingleTurnWorkflow:
 def test_the_protocols_that_users_write_to_are_public() -> None:
     assert {"Engine", "RolloutWorkflow", "Tokenizer"} <= set(arealtrio.__all__)
     single_turn(Letters())
+
+
+def test_a_workflow_takes_a_dict_or_any_mapping() -> None:
+    workflows: list[RolloutWorkflow] = [AsInAReaL(), OfAnyMapping(), single_turn(Letters())]
+    assert all(isinstance(workflow, RolloutWorkflow) for workflow in workflows)
