@@ -45,12 +45,12 @@ from .scheduling import (
     SchedulePolicy,
 )
 from .servers import ServerStatistics
-from .settlement import Failure, RolloutResult
 from .staleness import Permit, RolloutStat, StalenessManager
 from .status import AdmissionStatus, ExecutorStatus, MemberStatus, Stage
 from .tally import EngineStatistics
-from .trajectory import Batch, CollateBuffers, Group
+from .trajectory import Batch, CollateBuffers, Group, RolloutResult
 from .types import (
+    Failure,
     FailureKind,
     GenerationHyperparameters,
     ModelRequest,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_type, get_type_hints
 
 import arealtrio
 from arealtrio import (
+    Batch,
     Engine,
+    Failure,
     GenerationHyperparameters,
+    Group,
     ModelRequest,
+    RolloutResult,
     RolloutWorkflow,
     SingleTurnWorkflow,
     Tokenizer,
@@ -41,6 +45,20 @@ def reward(*_: object, **__: object) -> float:
 
 def single_turn(tokenizer: Tokenizer) -> SingleTurnWorkflow:
     return SingleTurnWorkflow(reward, GenerationHyperparameters(), tokenizer)
+
+
+def errors_of(batch: Batch) -> list[Exception]:
+    """Of a batch, as a trainer logs them: no cast is needed."""
+    assert_type(batch.failures, tuple[RolloutResult, ...])
+    of_groups = [result.failure.error for result in batch.failures if result.failure is not None]
+    return of_groups + [f.error for group in batch.groups for f in group.member_failures]
+
+
+def test_failures_are_told_by_their_type() -> None:
+    assert get_type_hints(Batch)["failures"] == tuple[RolloutResult, ...]
+    assert get_type_hints(Group)["member_failures"] == tuple[Failure, ...]
+    assert get_type_hints(RolloutResult)["group"] == Group | None
+    assert errors_of(Batch(groups=(), version=0)) == []
 
 
 def test_the_protocols_that_users_write_to_are_public() -> None:
