@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from .containment import contained, interruptible, what_ends_the_run
 from .engine import RemoteEngine
 from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
-from .loader import Prompt
 from .rollout_engine import RolloutEngine
 from .rows import rows_from_result
 from .settlement import Failure, RolloutResult, classify
@@ -60,7 +59,7 @@ class GroupTask:
 
     Args:
         task_id: Unique among what is queued or running.
-        data: The prompt, as the workflow gets it.
+        data: The prompt, as its workflow gets it.
         workflow: Runs one member.
         should_accept: The filter, given the whole group.
         size: Members.
@@ -71,7 +70,7 @@ class GroupTask:
     """
 
     task_id: str
-    data: Prompt
+    data: dict[str, Any]
     workflow: RolloutWorkflow
     should_accept: AcceptFunction | None
     size: int

@@ -9,7 +9,7 @@ go on. Ctrl-C comes between two such steps and never within one: half a step is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import trio
@@ -89,6 +89,10 @@ class RolloutNursery:
     def eval_counts(self) -> RolloutCounts:
         """Evaluation groups by where they are."""
         return self._admission.eval_counts
+
+    def rollout_counts(self) -> Mapping[str, int]:
+        """Training groups by where they are: submitted, queued, running, and each outcome."""
+        return self.counts.as_dict()
 
     def get_version(self) -> int:
         """The weight version that every server in service has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import signal
@@ -156,6 +157,21 @@ def test_prepare_batch_ends_an_epoch_with_stop_iteration_and_begins_the_next() -
             with pytest.raises(StopIteration):
                 rollout.prepare_batch(loader, Instant())
             rollout.set_version(version + 1)
+
+
+def test_the_executor_has_every_method_with_the_same_arguments() -> None:
+    names = [name for name in dir(RolloutController) if not name.startswith("_")]
+    assert [name for name in names if not hasattr(WorkflowExecutor, name)] == []
+    for name in names:
+        ours, theirs = getattr(RolloutController, name), getattr(WorkflowExecutor, name)
+        assert callable(ours) == callable(theirs)
+        if callable(ours):
+            assert arguments_of(ours) == arguments_of(theirs)
+
+
+def arguments_of(method: Callable[..., object]) -> list[tuple[str, object, object]]:
+    parameters = inspect.signature(method).parameters.values()
+    return [(one.name, one.kind, one.default) for one in parameters]
 
 
 def test_every_method_reaches_the_executor() -> None:
