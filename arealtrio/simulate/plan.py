@@ -43,8 +43,8 @@ class Plan:
         group_size: Answers to each of them, at least 1.
         training_s: Seconds of one training step, above 0.
         update_s: Seconds that the servers stand still for new weights, after each step.
-        latency_s: Seconds from every request to a server to its first token: network and prefill.
-            Each of an update's few requests takes it too.
+        latency_s: Seconds from a request for tokens to the first of them: network and prefill. The
+            requests that bring new weights take none: ``update_s`` is all of an update.
         slow_down: By what share of a decode step each further answer on a server lengthens it.
         steps: Training steps, at least 2.
         warm_up: Steps that are not counted, below ``steps``; None: a quarter of them.
@@ -155,7 +155,7 @@ class Plan:
             token_time_s=self.tokens_simulated_as_one / kind.tokens_per_s,
             batch_growth=self.slow_down,
             load_time_s=self.update_s,
-            latency_s=self.latency_s,
+            prefill_s=self.latency_s,
             max_model_len=SIMULATED_MAX + 1000,
         )
 

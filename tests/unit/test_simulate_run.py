@@ -65,6 +65,7 @@ def test_answers_slow_each_other_down() -> None:
 def test_latency_is_on_the_way_to_the_first_token() -> None:
     outcome = simulate(plan(latency_s=0.25))
     assert outcome.trainer_wait_s == pytest.approx(2.25)
+    assert outcome.update_s == pytest.approx(1)  # no request of an update asks for tokens
     assert outcome.utilisation == pytest.approx(2 / outcome.step_s)
 
 

@@ -112,6 +112,7 @@ def test_recorded_lengths_come_in_order_over_and_over() -> None:
         lambda: SimulatedServerSettings(token_time_s=0),
         lambda: SimulatedServerSettings(speed=float("nan")),
         lambda: SimulatedServerSettings(latency_s=-1),
+        lambda: SimulatedServerSettings(prefill_s=-1),
     ],
 )
 def test_what_can_not_be_simulated_is_refused(make: Any) -> None:
@@ -210,6 +211,19 @@ async def test_latency_and_loading_take_their_time(autojump_clock: MockClock) ->
         result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
         # pause, label, load, drop the cache, confirm the label, resume
         assert result.seconds == 3.0 + 6 * 0.5
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_prefill_is_of_requests_for_tokens_alone(
+    autojump_clock: MockClock, dialect: Any
+) -> None:
+    settings = SimulatedServerSettings(
+        dialect=dialect, token_time_s=1.0, load_time_s=3.0, latency_s=0.25, prefill_s=0.5
+    )
+    async with simulated_executor(servers=[settings], lengths=FixedLengths(7)) as (executor, _):
+        assert (await executor.engine.agenerate(request([1]))).latency_s == 0.25 + 0.5 + 7
+        result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        assert result.seconds < 3.0 + 8 * 0.25
 
 
 @pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
