@@ -23,6 +23,7 @@ from ..embedded.vllm_fields import decode_body
 from ..errors import ConnectFailed, TransportError, TransportTimeout
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
+from .amounts import positive
 from .asgi import ask
 from .clockwork import Pace, TimedEngine, TimedScheduler
 from .faces import face_of
@@ -194,8 +195,13 @@ class SimulatedServer:
         self._change(ServerCondition.UP)
 
     def slow_down(self, factor: float) -> None:
-        """Decode so many times slower than the settings say, until ``speed_up``."""
-        self._set_speed(self.settings.speed / factor)
+        """Decode so many times slower than the settings say, until ``speed_up``.
+
+        Raises:
+            ConfigError: The factor is no finite number above 0.
+        """
+        speed = self.settings.speed / positive("factor", factor)
+        self._set_speed(positive("speed / factor", speed))
 
     def speed_up(self) -> None:
         """Decode as fast as the settings say."""
