@@ -28,7 +28,7 @@ MEAN_LENGTH = 100
 SIMULATED_MAX = 900_000
 """Of one answer: what a simulated server makes at most, and some room."""
 NEVER_S = 1e12
-"""A limit that no simulated run reaches, for everything that only looks after faults."""
+"""No run is as long: a limit for everything that only looks after faults."""
 COUNT_MAX = 10_000_000
 
 
@@ -93,6 +93,7 @@ class Plan:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and not negative")
         self._check_choices()
+        self._check_time()
         if self.answers.longest > SIMULATED_MAX * self.tokens_simulated_as_one:
             raise ConfigError(
                 f"answers of {self.answers.longest} tokens are too long for a grain of "
@@ -120,6 +121,21 @@ class Plan:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}")
+
+    def _check_time(self) -> None:
+        """Refuse what would be found out in the middle of a run. Waits are not known beforehand."""
+        trained_s = self.steps * (self.training_s + self.update_s)
+        answer_s = self.latency_s + self.answers.longest * max(map(self._step_s, self.servers))
+        for what, seconds in (("its training steps", trained_s), ("its longest answer", answer_s)):
+            if not seconds < NEVER_S:
+                raise ConfigError(
+                    f"a run lasts {NEVER_S:g} simulated seconds at most; {what} would take "
+                    f"{seconds:.3g}"
+                )
+
+    def _step_s(self, kind: ServerKind) -> float:
+        """Of a full server."""
+        return (1 + self.slow_down * (kind.slots - 1)) / kind.tokens_per_s
 
     @property
     def slots(self) -> int:

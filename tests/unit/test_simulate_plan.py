@@ -74,6 +74,10 @@ def test_the_grain_follows_the_answers() -> None:
         {"max_concurrent_rollouts": -1},
         {"seed": -1},
         {"answers": FixedAnswers(SIMULATED_MAX + 1), "grain": 1},
+        *({name: 1e12} for name in ("training_s", "update_s", "latency_s", "slow_down")),
+        {"slow_down": 1e308},
+        {"training_s": 1e308, "update_s": 1e308},
+        {"servers": fleet("1x1@0.0000000001")},
     ],
     ids=str,
 )  # fmt: skip
