@@ -90,6 +90,8 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     except KeyboardInterrupt:
         click.echo(_interrupted(values["state"], values["server_urls"]), err=True)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who read it has read enough; click ends it without a word
+        raise
     except (ArealTrioError, OSError) as exc:
         raise click.ClickException(_one_line(exc)) from exc
 
@@ -105,7 +107,7 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def _run(quiet: bool, options: DemoOptions) -> DemoReport:
-    if not quiet:
+    if not quiet and sys.stdout is not None:  # as it is where the shell closed it: ``>&-``
         return run_demo(options, sys.stdout)
     with Path(os.devnull).open("w") as nowhere:
         return run_demo(options, nowhere)

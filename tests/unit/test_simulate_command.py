@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -22,6 +23,8 @@ from arealtrio import cli
 from arealtrio.errors import StalenessBudgetExhausted
 from arealtrio.simulate import LogNormalAnswers, Plan, command, comparison, simulate
 from arealtrio.simulate.outcome import Outcome
+
+from .processes import closed_pipe
 
 SMALL = (
     *("--servers", "2x4@50", "--batch-size", "4", "--group-size", "2"),
@@ -236,6 +239,33 @@ def test_a_terminal_without_blocks_gets_ascii() -> None:
     done = subprocess.run(arguments, env=environment, capture_output=True, check=True)
     assert b"#####" in done.stdout
     assert done.stderr == b""
+
+
+def test_who_has_read_enough_is_told_nothing_and_the_files_are_written(tmp_path: Path) -> None:
+    numbers = tmp_path / "out.json"
+    arguments = [sys.executable, "-m", "arealtrio", "simulate", *SMALL, "--json", str(numbers)]
+    with closed_pipe() as unread:
+        done = subprocess.run(arguments, stdout=unread, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert json.loads(numbers.read_text())["settings"][0]["outcome"]["steps"] == 3
+
+
+def test_what_the_shell_has_closed_is_not_written_to() -> None:
+    arguments = [sys.executable, "-m", "arealtrio", "simulate", *SMALL]
+    for closed, report in ((">&-", b""), ("2>&-", b"throughput")):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *arguments]
+        done = subprocess.run(shell, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout[:10] == report
+
+
+def test_json_to_a_closed_standard_output_is_refused_at_once(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(click.BadParameter, match="there is no standard output"):
+        command.command.main([*SMALL, "--json", "-"], standalone_mode=False)
+    assert plans == []
 
 
 def test_ctrl_c_ends_it_with_what_there_is() -> None:
