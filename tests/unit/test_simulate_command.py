@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from arealtrio import cli
 from arealtrio.errors import StalenessBudgetExhausted
 from arealtrio.simulate import LogNormalAnswers, Plan, command, comparison, simulate
 from arealtrio.simulate.outcome import Outcome
+from arealtrio.simulate.progress import Progress
 
 from .processes import closed_pipe
 
@@ -266,6 +268,19 @@ def test_json_to_a_closed_standard_output_is_refused_at_once(
     with pytest.raises(click.BadParameter, match="there is no standard output"):
         command.command.main([*SMALL, "--json", "-"], standalone_mode=False)
     assert plans == []
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, 79), (30, 29), (200, 199)])
+def test_progress_is_as_wide_as_its_terminal(columns: int, width: int) -> None:
+    ours, its = pty.openpty()
+    try:
+        termios.tcsetwinsize(its, (24, columns))
+        Progress(its).begin("a" * 100, 10, [])
+        line = os.read(ours, 4096).decode().removeprefix("\r\x1b[K")
+    finally:
+        os.close(ours)
+        os.close(its)
+    assert line == f"{'a' * 100}: step 0 of 10, 0 rollouts"[:width]
 
 
 def test_ctrl_c_ends_it_with_what_there_is() -> None:
