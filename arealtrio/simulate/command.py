@@ -165,6 +165,8 @@ def _check_places(plot: Path | None, json_path: Path | None) -> None:
     """Find out before minutes of work, not after."""
     if json_path == _STDOUT and sys.stdout is None:
         raise click.BadParameter("there is no standard output", param_hint="--json")
+    if json_path == Path():
+        raise click.BadParameter("the name of a file is not empty", param_hint="--json")
     for path, option in ((plot, "--plot"), (json_path, "--json")):
         if path is not None and path != _STDOUT and not os.path.isdir(path.parent):
             raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)
