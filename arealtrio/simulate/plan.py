@@ -55,8 +55,8 @@ class Plan:
         max_concurrent_rollouts: As in ``RolloutConfig``; None: as many as there are slots.
         prompts: In an epoch; then they come again. None: as many as the answers know, or without
             end.
-        grain: Tokens that are simulated as one, at least 1; None: as many as leave a mean answer
-            100. Coarser is faster.
+        grain: Tokens that are simulated as one, at least 1 and at most a mean answer; None: as many
+            as leave a mean answer 100. Coarser is faster.
         seed: Of all chance.
 
     Raises:
@@ -94,11 +94,7 @@ class Plan:
                 raise ConfigError(f"{name} must be finite and not negative")
         self._check_choices()
         self._check_time()
-        if self.answers.longest > SIMULATED_MAX * self.tokens_simulated_as_one:
-            raise ConfigError(
-                f"answers of {self.answers.longest} tokens are too long for a grain of "
-                f"{self.tokens_simulated_as_one}; choose a coarser one"
-            )
+        self._check_grain()
         self.config()
 
     def _check_counts(self) -> None:
@@ -121,6 +117,19 @@ class Plan:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}")
+
+    def _check_grain(self) -> None:
+        grain, answers = self.tokens_simulated_as_one, self.answers
+        if answers.longest > SIMULATED_MAX * grain:
+            raise ConfigError(
+                f"answers of {answers.longest} tokens are too long for a grain of {grain}; choose "
+                "a coarser one"
+            )
+        if grain > max(1, answers.mean):  # each answer would be as long as the grain at least
+            raise ConfigError(
+                f"answers of {answers.mean:.4g} tokens on average are too short for a grain of "
+                f"{grain}; choose a finer one"
+            )
 
     def _check_time(self) -> None:
         """Refuse what would be found out in the middle of a run. Waits are not known beforehand."""

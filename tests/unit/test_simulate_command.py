@@ -173,6 +173,7 @@ def bad_trace(directory: Path) -> str:
         ("--lengths what/ever", "neither TOKENS nor MEDIAN/P99"),
         ("--lengths 900000000/900000000", "Invalid value for '--lengths'"),
         ("--lengths 2000000 --grain 1", "choose a coarser one"),
+        ("--lengths 100 --grain 100000", "choose a finer one"),
         ("--max-staleness -1", "Invalid value for '--max-staleness'"),
         ("--max-staleness forever", "nor inf"),
         ("--max-staleness 99999999999999", "max_staleness"),
