@@ -146,8 +146,8 @@ class BatchAssembly:
             raise TooManyFailures(words, errors)
         if errors:
             logger.warning(
-                "%d groups failed after the last batch of an epoch, the first with %r; all are in "
-                "the failures of the next epoch's first batch",
+                "failed after the last batch of an epoch: %d, the first with %r; see the failures "
+                "of the next epoch's first batch",
                 len(errors),
                 errors[0],
             )

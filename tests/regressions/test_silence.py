@@ -55,7 +55,7 @@ async def test_failures_after_the_last_batch_are_logged_and_told_in_the_next(
         with caplog.at_level(logging.WARNING, "arealtrio"), pytest.raises(StopAsyncIteration):
             await executor.prepare_batch(loader, workflow)
         (record,) = caplog.records
-        assert record.message.startswith(f"{4 - told} groups failed after the last batch")
+        assert f"after the last batch of an epoch: {4 - told}, the first" in record.message
         assert "ZeroDivisionError" in record.message
         batch = await executor.prepare_batch(loader, Instant())
         assert len(batch.failures) == 4 - told
