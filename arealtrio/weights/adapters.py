@@ -8,6 +8,7 @@ import trio
 
 from ..adapters import Adapter
 from ..errors import RolloutError
+from ..lora import load_adapter
 from ..servers import Server, ServerPool
 from .steps import check_base, updated
 from .update import WeightUpdate
@@ -46,8 +47,7 @@ async def load_adapter_everywhere(
 
 async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     check_base(pool, server)
-    request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
-    await pool.control(server, request, pool.config.update_timeout_s)
+    await load_adapter(pool, server, adapter)
     await pool.label(server, adapter.version)
     if server.frozen:
         await pool.pausing.resume(server)

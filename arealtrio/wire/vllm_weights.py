@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from ..types import HttpRequest
+from ..types import HttpRequest, HttpResponse
 from . import body
 from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
@@ -74,6 +74,10 @@ class VllmWeights:
         """Load, also over one of that name; needs ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``."""
         question = {"lora_name": name, "lora_path": path, "load_inplace": True}
         return body.post("/v1/load_lora_adapter", question)
+
+    def has_adapter(self, response: HttpResponse) -> bool:  # noqa: ARG002  it is replaced
+        """Never."""
+        return False
 
     def unload_adapter(self, name: str) -> HttpRequest:
         """Forget an adapter."""

@@ -146,11 +146,14 @@ def test_sglang_has_an_adapter_already() -> None:
     def refusal(reason: str) -> HttpResponse:
         return answer(json.dumps({"success": False, "error_message": reason}), 400)
 
-    SGLANG.parse_control(refusal("Failed to load LoRA adapter x-v3 because it is already loaded"))
-    with pytest.raises(RequestRejected, match="no such directory"):
-        SGLANG.parse_control(refusal("no such directory"))
-    with pytest.raises(RequestRejected):
-        SGLANG.parse_control(answer("already loaded", 400, "text/plain"))
+    there = refusal("Failed to load LoRA adapter x-v3 because it is already loaded")
+    assert SGLANG.has_adapter(there)
+    assert not VLLM.has_adapter(there)
+    SGLANG.parse_control(there)
+    for wrong in (refusal("no such directory"), answer("already loaded", 400, "text/plain")):
+        assert not SGLANG.has_adapter(wrong)
+        with pytest.raises(RequestRejected):
+            SGLANG.parse_control(wrong)
 
 
 def test_areals_server_has_routes_of_its_own() -> None:
