@@ -156,8 +156,7 @@ async def _load_one(
             await pool.pausing.freeze(server, f"{words}: {exc}")
             return
         except trio.Cancelled:  # what it serves now is not known
-            with trio.CancelScope(shield=True):
-                await pool.pausing.freeze(server, f"its {words} was cancelled")
+            await pool.pausing.freeze(server, f"its {words} was cancelled")
             raise
         updated(pool, server, update)
 

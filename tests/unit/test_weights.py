@@ -107,6 +107,30 @@ async def test_a_server_that_fails_is_named_takes_no_traffic_and_comes_back(
         assert engine.statistics()[1].requests == 5
 
 
+async def test_cancelled_while_it_takes_out_a_server_that_failed_it_leaves_no_request_behind(
+    autojump_clock: Clock,
+) -> None:
+    """They stayed frozen on a server that nobody resumes, until the limit of a segment."""
+    async with faulty_engine(length=200) as (engine, faulty):
+        answers: list[ModelResponse] = []
+
+        async def generate(token: int) -> None:
+            answers.append(await engine.agenerate(ModelRequest([token])))
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for token in range(6):
+                    nursery.start_soon(generate, token)
+                await trio.sleep(1)
+                faulty.fault = refuses_to_load(faulty.fleet.addresses[1])
+                faulty.delay_s = lambda path: float("mode=abort" in path)
+                with trio.move_on_after(0.5) as scope:
+                    await update_weights(engine.pool, disk(1))
+                assert scope.cancel_called
+                assert states(engine)[1] == "stale"
+        assert [answer.output_len for answer in answers] == [200] * 6
+
+
 async def test_requests_wait_for_a_server_that_has_the_weights(autojump_clock: Clock) -> None:
     async with faulty_engine(servers=1) as (engine, faulty):
         faulty.fault = refuses_to_load(*faulty.fleet.addresses)
