@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import trio
 
 from .errors import ProtocolError, RequestRejected, RolloutError, TransportError, UsageError
 from .servers import Server, ServerPool
+
+RESTARTED_ASLEEP: Final = "it was restarted while it slept"
 
 
 class Memory:
@@ -192,7 +195,7 @@ async def _check_not_restarted(pool: ServerPool, server: Server) -> None:
     """Raise for a server that was restarted: another process, which let go of nothing."""
     if await _was_restarted(pool, server):
         server.asleep = set()
-        raise ProtocolError("it was restarted while it slept")
+        raise ProtocolError(RESTARTED_ASLEEP)
 
 
 async def _was_restarted(pool: ServerPool, server: Server) -> bool:
@@ -226,17 +229,23 @@ async def wake(pool: ServerPool, server: Server, tag: str) -> None:
     del server.unwoken[tag]
 
 
-async def rouse(pool: ServerPool, server: Server) -> None:
-    """Wake what a server did not confirm to have taken back, before it is used again.
+async def rouse(pool: ServerPool, server: Server) -> bool:
+    """Wake what a server did not confirm to have taken back, before anything else is woken.
+
+    Returns:
+        Whether it is the process that was put to sleep. Another has let go of nothing.
 
     Raises:
         RolloutError: If it did not confirm that either; or may not be asked, as it may be awake.
     """
-    if not server.unwoken:
-        return
+    if not server.asleep and not server.unwoken:
+        return True
     if await _was_restarted(pool, server):
+        server.asleep.clear()
         server.unwoken.clear()
-        return
+        return False
+    if not server.unwoken:
+        return True
     known = server.labelled and not any(server.unwoken.values())
     if not known and not pool.dialect.wakes_twice:
         raise RolloutError(
@@ -247,3 +256,4 @@ async def rouse(pool: ServerPool, server: Server) -> None:
         if tag in server.unwoken:
             server.asleep.add(tag)
             await wake(pool, server, tag)
+    return True

@@ -15,8 +15,15 @@ from dataclasses import replace
 import trio
 
 from ..adapters import Adapter
-from ..errors import RequestRejected, RolloutError, TransportError, UsageError, WeightUpdateError
-from ..memory import rouse, wake
+from ..errors import (
+    ProtocolError,
+    RequestRejected,
+    RolloutError,
+    TransportError,
+    UsageError,
+    WeightUpdateError,
+)
+from ..memory import RESTARTED_ASLEEP, rouse, wake
 from ..servers import Server, ServerPool
 from ..types import HttpRequest
 from .steps import check_base, find_takers, updated
@@ -265,7 +272,8 @@ class _Reception:
         if server.address in self._failed:
             return
         try:
-            await rouse(self._pool, server)
+            if not await rouse(self._pool, server):
+                raise ProtocolError(f"{RESTARTED_ASLEEP}, and is in no weights group")
             await wake(self._pool, server, "weights")
             await self._open(server)
         except RolloutError:

@@ -8,13 +8,26 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from arealtrio.config import RolloutConfig
 from arealtrio.controller import RolloutController
 from arealtrio.engine import RemoteEngine
-from arealtrio.errors import ConnectFailed, TransportError, UsageError
+from arealtrio.errors import ConnectFailed, TransportError, UsageError, WeightUpdateError
+from arealtrio.testing import (
+    ServerCondition,
+    SimulatedServerSettings,
+    checkpoint,
+    simulated_executor,
+)
 from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
-from arealtrio.weights import WeightUpdate, update_weights
+from arealtrio.weights import (
+    TensorSpec,
+    WeightsGroup,
+    WeightUpdate,
+    init_weights_group,
+    update_weights,
+)
 
 from .embedded_server import PROMPT, VOCAB_SIZE
 from .observed import Observed, observed_engine, running_servers
@@ -271,6 +284,46 @@ async def test_what_runs_may_finish_first(tmp_path: Path, monkeypatch: pytest.Mo
                 assert len(answers) == 1
         assert answers[0].output_len == 100
         assert len(answers[0].segments) == 1
+
+
+@both_dialects
+async def test_an_update_wakes_no_server_that_was_restarted_while_it_slept(
+    dialect: Any, autojump_clock: MockClock
+) -> None:
+    """It is awake, and a real SGLang dies of being woken then."""
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        async with executor.offloaded():
+            fleet.servers[1].restart()
+            result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(2), 2))
+            assert not result.failed
+        assert states(executor.engine) == ["ready", "ready"]
+        for server in fleet:
+            assert server.condition is ServerCondition.UP
+            assert server.scheduler.weight_version == "2"
+            assert not server.asleep
+
+
+@both_dialects
+async def test_a_server_that_was_restarted_while_it_slept_is_in_no_weights_group(
+    dialect: Any, autojump_clock: MockClock
+) -> None:
+    async def nothing(_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        pool = executor.engine.pool
+        meeting = WeightsGroup(master_address="10.0.0.1", master_port=29500)
+        group = await init_weights_group(pool, meeting)
+        tensors = [TensorSpec("embed", "bfloat16", (8, 4))]
+        update = WeightUpdate.distributed(1, group=group, tensors=tensors, send=nothing)
+        async with executor.offloaded():
+            fleet.servers[1].restart()
+            with pytest.raises(WeightUpdateError, match="is in no weights group"):
+                await executor.update_weights(update)
+        assert [server.condition for server in fleet] == [ServerCondition.UP] * 2
 
 
 @both_dialects
