@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import trio
 
 from ..adapters import Adapter
-from ..errors import RolloutError
+from ..errors import ProtocolError, RolloutError
 from ..lora import load_adapter
+from ..memory import RESTARTED_ASLEEP, rouse, wake
 from ..servers import Server, ServerPool
 from .steps import check_base, updated
 from .update import WeightUpdate
@@ -47,6 +48,9 @@ async def load_adapter_everywhere(
 
 async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     check_base(pool, server)
+    if not await rouse(pool, server):
+        raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
+    await wake(pool, server, "weights")  # beside which an adapter is loaded
     await load_adapter(pool, server, adapter)
     await pool.label(server, adapter.version)
     if server.frozen:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import trio
 
-from ..errors import RolloutError, WeightUpdateError
-from ..memory import rouse, wake
+from ..errors import ProtocolError, RolloutError, WeightUpdateError
+from ..memory import RESTARTED_ASLEEP, rouse, wake
 from ..servers import IN_SERVICE, Server, ServerPool
 from ..types import HttpRequest
 from .adapters import load_adapter_everywhere
@@ -152,10 +152,12 @@ async def _load_one(
 
 
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
+    same = await rouse(pool, server)
     if update.kind == "label":
+        if not same:
+            raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
         await pool.label(server, update.version)
         return
-    await rouse(pool, server)
     await wake(pool, server, "weights")
     server.told, server.loading = update.version, True
     for request in pool.dialect.load_weights(update.path, update.version):

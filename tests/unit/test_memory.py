@@ -326,6 +326,52 @@ async def test_a_server_that_was_restarted_while_it_slept_is_in_no_weights_group
         assert [server.condition for server in fleet] == [ServerCondition.UP] * 2
 
 
+async def test_an_adapter_is_loaded_beside_weights_that_are_awake(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with simulated_executor(servers=2, traced=True) as (executor, fleet):
+        async with executor.offloaded():
+            result = await executor.update_weights(WeightUpdate.lora("x", tmp_path, 1))
+            assert not result.failed
+            assert [server.asleep for server in executor.engine.pool.servers] == [{"kv_cache"}] * 2
+        first = fleet.addresses[0]
+        asked = [one.request for one in fleet.trace if one.server == first and not one.outcome]
+        wake, load = "POST /wake_up?tags=weights", "POST /v1/load_lora_adapter"
+        assert asked.index(wake) < asked.index(load) < asked.index("POST /wake_up?tags=kv_cache")
+        assert asked.count(wake) == 1
+        assert states(executor.engine) == ["ready", "ready"]
+
+
+async def test_no_adapter_is_loaded_beside_weights_that_did_not_survive(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    settings = [SimulatedServerSettings(dialect="sglang")] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        async with executor.offloaded():
+            with pytest.raises(WeightUpdateError, match="base weights are not current"):
+                await executor.update_weights(WeightUpdate.lora("x", tmp_path, 2))
+        await executor.engine.pool.wait_ready(60)
+        assert [server.scheduler.weight_version for server in fleet] == ["1", "1"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "label"])
+async def test_a_server_that_was_restarted_while_it_slept_takes_nothing_but_weights(
+    kind: str, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """It has its first ones: neither an adapter nor a label mends that."""
+    lora = WeightUpdate.lora("x", tmp_path, 2)
+    update = lora if kind == "lora" else WeightUpdate.label(2)
+    async with simulated_executor(servers=2) as (executor, fleet):
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        async with executor.offloaded():
+            fleet.servers[1].restart()
+            result = await executor.update_weights(update)
+            assert "was restarted while it slept" in result.failed[fleet.addresses[1]]
+        assert states(executor.engine) == ["ready", "stale"]
+        assert fleet.servers[1].scheduler.weight_version == "default"
+
+
 @both_dialects
 async def test_a_trainers_thread_borrows_the_memory(
     dialect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
