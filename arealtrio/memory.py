@@ -42,8 +42,8 @@ class Memory:
         """Put every server to sleep; generations wait, with the tokens they have.
 
         What a server runs is returned first, and goes on after ``onload``: the cache that it could
-        have kept is gone in any case. Said twice, it does nothing the second time. Rollouts go on
-        waiting against their deadlines.
+        have kept is gone in any case. Said again, it puts to sleep what was woken meanwhile, by an
+        update or ``onload``. Rollouts go on waiting against their deadlines.
 
         Where weights do not survive (vLLM without ``keep_weights``; SGLang unless it runs with
         ``--enable-weights-cpu-backup``), a server returns with the next update, or when the last
@@ -146,8 +146,6 @@ async def _attempt_sleep(
     pool: ServerPool, server: Server, keep_weights: bool, failed: dict[str, str]
 ) -> None:
     async with server.control_lock:
-        if server.asleep:
-            return
         try:
             await _sleep(pool, server, keep_weights)
         except RolloutError as exc:
@@ -155,22 +153,52 @@ async def _attempt_sleep(
 
 
 async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
-    """Put one server to sleep. Where no answer tells, it is taken to sleep: it has to be woken."""
+    """Put to sleep what is awake of a server. Where no answer tells, it is taken to sleep.
+
+    Then it has to be woken.
+    """
     dialect = pool.dialect
-    server.asleep = set(dialect.memory_tags)
+    if not await rouse(pool, server):
+        _note_restart(pool, server)
+        await _label(pool, server)
+    awake = [tag for tag in dialect.memory_tags if tag not in server.asleep]
+    if not awake:
+        return
+    request = dialect.sleep(awake, keep_weights=keep_weights)
+    if request is None:
+        raise RolloutError(f"it can not let go of its {' and '.join(awake)} alone")
+    server.asleep.update(awake)
     try:
-        request = dialect.sleep(keep_weights=keep_weights)
         await pool.control(server, request, pool.config.update_timeout_s)
     except RequestRejected:
-        server.asleep = set()
+        server.asleep.difference_update(awake)
         raise
     except TransportError as exc:
         if not exc.request_sent:
-            server.asleep = set()
+            server.asleep.difference_update(awake)
         raise
     survive = dialect.weights_survive_sleep and keep_weights
     if not survive and not server.info.weights_backed_up:
         server.frozen = server.tainted = True  # and out of service when it wakes without an update
+
+
+def _note_restart(pool: ServerPool, server: Server) -> None:
+    pool.mark_stale(server, RESTARTED_ASLEEP)
+    server.labelled = server.label_seen = False
+    server.version = 0
+    server.tainted = server.loading
+
+
+async def _label(pool: ServerPool, server: Server) -> None:
+    """Label a server that has no label, since it was restarted.
+
+    Without one it could not be told from the process after it, which is awake.
+    """
+    if server.labelled:
+        return
+    await pool.label(server, server.version)
+    if server.labelled:
+        server.base_version = server.version
 
 
 async def _attempt_wake(

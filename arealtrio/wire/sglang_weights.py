@@ -101,12 +101,18 @@ class SglangWeights:
         """Forget an adapter, once SGLang's own requests with it are done."""
         return body.post("/unload_lora_adapter", {"lora_name": name})
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:  # noqa: ARG002  the server decides
+    def sleep(
+        self,
+        tags: Sequence[str],
+        *,
+        keep_weights: bool,  # noqa: ARG002  the server decides
+    ) -> HttpRequest | None:
         """Let go of memory, by name, so that what is to be taken back is known.
 
-        A server that runs anything dies of it, as does one that is told to take back what it has.
+        A server that runs anything dies of it, as does one that is told to let go of what it has
+        not, or to take back what it has.
         """
-        return body.post("/release_memory_occupation", {"tags": list(self.memory_tags)})
+        return body.post("/release_memory_occupation", {"tags": list(tags)})
 
     def wake(self, tag: str) -> HttpRequest:
         """Take memory back."""

@@ -83,8 +83,14 @@ class VllmWeights:
         """Forget an adapter."""
         return body.post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:
-        """Level 1 keeps the weights in the host's memory, level 2 nowhere."""
+    def sleep(self, tags: Sequence[str], *, keep_weights: bool) -> HttpRequest | None:
+        """Level 1 keeps the weights in the host's memory, level 2 nowhere.
+
+        With the weights goes whatever else is awake; while they sleep it warns in its log, and lets
+        go of nothing (vLLM 0.32.0's v1/executor/abstract.py).
+        """
+        if "weights" not in tags:
+            return None
         return body.post(f"/sleep?level={1 if keep_weights else 2}")
 
     def wake(self, tag: str) -> HttpRequest:

@@ -134,8 +134,11 @@ class WeightRequests(Protocol):
     def unload_adapter(self, name: str) -> HttpRequest:
         """Forget an adapter."""
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:
-        """Let go of all ``memory_tags``; asked of a server that runs nothing."""
+    def sleep(self, tags: Sequence[str], *, keep_weights: bool) -> HttpRequest | None:
+        """Let go of these of the ``memory_tags``, and keep asleep all others.
+
+        Asked of a server that runs nothing. None where it can not let go of these alone.
+        """
 
     def wake(self, tag: str) -> HttpRequest:
         """Take one of ``memory_tags`` back, in their order."""

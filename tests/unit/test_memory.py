@@ -137,6 +137,65 @@ async def test_nothing_is_released_or_woken_twice(
 
 
 @both_dialects
+async def test_what_an_update_woke_is_put_to_sleep_again(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said to sleep, while its weights were on the GPU."""
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1, **FRAGILE[dialect]) as (
+        engine,
+        seen,
+    ):
+        tags = set(engine.pool.dialect.memory_tags)
+        (server,) = engine.pool.servers
+        async with engine.offloaded():
+            await update_weights(engine.pool, disk(seen, 1))
+            assert server.asleep == tags - {"weights"}
+            assert not await engine.offload()
+            assert server.asleep == tags
+            assert not await engine.offload()
+            assert slept(seen, seen.urls[0], dialect) == 2
+            await update_weights(engine.pool, disk(seen, 2))
+        assert states(engine) == ["ready"]
+        assert woken(seen, seen.urls[0], dialect) == len(tags) + 1
+        assert (await engine.agenerate(ModelRequest(PROMPT))).output_versions[0] == 2
+
+
+@both_dialects
+async def test_a_server_that_can_not_let_go_of_what_was_woken_is_named(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vLLM lets go of its cache along with its weights, or not at all."""
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1, **FRAGILE[dialect]) as (
+        engine,
+        seen,
+    ):
+        async with engine.offloaded():
+            assert not await engine.onload(["kv_cache"])
+            failed = await engine.offload()
+            assert list(failed) == (seen.urls if dialect == "vllm" else [])
+            assert all("its kv_cache alone" in error for error in failed.values())
+        assert "kv_cache" not in engine.pool.servers[0].asleep
+        assert not engine.memory.is_lent
+
+
+@both_dialects
+async def test_a_server_that_was_restarted_while_it_slept_is_put_to_sleep_again(
+    dialect: Any, autojump_clock: MockClock
+) -> None:
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        async with executor.offloaded():
+            fleet.servers[1].restart()
+            assert not await executor.offload()
+            assert fleet.servers[1].asleep
+        await executor.engine.pool.wait_ready(100)
+        for server in fleet:
+            assert not server.asleep
+            assert server.scheduler.weight_version == "1"
+
+
+@both_dialects
 async def test_a_server_removed_while_it_sleeps_is_woken_and_goes_on(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
