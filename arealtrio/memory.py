@@ -160,7 +160,7 @@ async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
     dialect = pool.dialect
     if not await rouse(pool, server):
         _note_restart(pool, server)
-        await _label(pool, server)
+    await _label(pool, server)
     awake = [tag for tag in dialect.memory_tags if tag not in server.asleep]
     if not awake:
         return
@@ -192,7 +192,8 @@ def _note_restart(pool: ServerPool, server: Server) -> None:
 async def _label(pool: ServerPool, server: Server) -> None:
     """Label a server that has no label, since it was restarted.
 
-    Without one it could not be told from the process after it, which is awake.
+    Without one it could not be told from the process after it, which is awake: after a waking that
+    was not confirmed it would be asked for a restart again and again.
     """
     if server.labelled:
         return

@@ -195,6 +195,31 @@ async def test_a_server_that_was_restarted_while_it_slept_is_put_to_sleep_again(
             assert server.scheduler.weight_version == "1"
 
 
+async def test_a_server_that_slept_without_a_label_returns_once_it_was_restarted(
+    autojump_clock: MockClock,
+) -> None:
+    """It was asked for a restart for ever: nothing told one process from the next."""
+    settings = [SimulatedServerSettings(dialect="sglang")] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        pool, twice = executor.engine.pool, fleet.servers[0]
+        await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        server = pool.named(twice.address)
+        pool.mark_stale(server, "the test says so")
+        twice.restart()
+        fleet.faults.plan("failed_load", server=twice, count=2)
+        await trio.sleep(2)
+        assert not server.labelled
+        wake = "/resume_memory_occupation"
+        async with executor.offloaded() as failed:
+            assert not failed
+            fleet.faults.plan("reset", server=twice, path=wake, after_bytes=1)
+        await trio.sleep(60)
+        assert "restart it" in server.reason
+        twice.restart()
+        await pool.wait_ready(200)
+        assert twice.scheduler.weight_version == "1"
+
+
 @both_dialects
 async def test_a_server_removed_while_it_sleeps_is_woken_and_goes_on(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
