@@ -7,6 +7,8 @@ runs something, or to take back what it has.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
@@ -15,6 +17,8 @@ import trio
 
 from .errors import ProtocolError, RequestRejected, RolloutError, TransportError, UsageError
 from .servers import Server, ServerPool
+
+logger = logging.getLogger(__name__)
 
 RESTARTED_ASLEEP: Final = "it was restarted while it slept"
 
@@ -104,18 +108,42 @@ class Memory:
         async with self._lock:
             return await self._wake_all(tags)
 
+    async def close(self) -> None:
+        """Wake what sleeps at the end of a run, cancelled or not; nobody does so after that.
+
+        A server is given up that confirms nothing for ``close_timeout_s``. Each that is left asleep
+        is named in a warning, and each that is awake generates again.
+        """
+        limit_s = self._pool.config.close_timeout_s
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                for address, error in (await self._wake(limit_s=limit_s)).items():
+                    logger.warning("%s may be left asleep, restart it: %s", address, error)
+                with trio.move_on_after(limit_s):
+                    await self._pool.pausing.resume_held()
+                await self._end_pause()  # which sends nothing now
+
     async def _wake_all(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        failed = await self._wake(tags)
+        self._put_to_sleep = dict.fromkeys(s for s in self._put_to_sleep if s.asleep)
+        if not self._put_to_sleep:
+            await self._end_pause()
+        return failed
+
+    async def _wake(
+        self, tags: Sequence[str] | None = None, limit_s: float = math.inf
+    ) -> dict[str, str]:
         failed: dict[str, str] = {}
         async with trio.open_nursery() as nursery:
             for server in self._put_to_sleep:
                 if server.asleep:
-                    nursery.start_soon(_attempt_wake, self._pool, server, tags, failed)
-        self._put_to_sleep = dict.fromkeys(s for s in self._put_to_sleep if s.asleep)
-        if not self._put_to_sleep:
-            pause, self._pause = self._pause, None
-            if pause is not None:
-                await pause.aclose()
+                    nursery.start_soon(_attempt_wake, self._pool, server, tags, failed, limit_s)
         return failed
+
+    async def _end_pause(self) -> None:
+        pause, self._pause = self._pause, None
+        if pause is not None:
+            await pause.aclose()
 
     @asynccontextmanager
     async def offloaded(
@@ -203,21 +231,31 @@ async def _label(pool: ServerPool, server: Server) -> None:
 
 
 async def _attempt_wake(
-    pool: ServerPool, server: Server, tags: Sequence[str] | None, failed: dict[str, str]
+    pool: ServerPool,
+    server: Server,
+    tags: Sequence[str] | None,
+    failed: dict[str, str],
+    limit_s: float,
 ) -> None:
-    async with server.control_lock:
-        try:
-            await _check_not_restarted(pool, server)
-            for tag in pool.dialect.memory_tags:
-                if tags is None or tag in tags:
-                    await wake(pool, server, tag)
-            if server.tainted and not server.asleep:
-                pool.mark_stale(server, "its weights did not survive its sleep")
-        except RolloutError as exc:
-            failed[server.address] = str(exc)
-            server.unwoken |= dict.fromkeys(server.asleep, False)
-            server.asleep = set()
-            await pool.pausing.freeze(server, f"not woken: {exc}")
+    """Wake a server; give it up when it confirms nothing for so long."""
+    with trio.move_on_after(limit_s) as scope:
+        async with server.control_lock:
+            try:
+                await _check_not_restarted(pool, server)
+                for tag in pool.dialect.memory_tags:
+                    if tags is None or tag in tags:
+                        scope.deadline = trio.current_time() + limit_s
+                        await wake(pool, server, tag)
+                if server.tainted and not server.asleep:
+                    pool.mark_stale(server, "its weights did not survive its sleep")
+            except RolloutError as exc:
+                failed[server.address] = str(exc)
+                server.unwoken |= dict.fromkeys(server.asleep, False)
+                server.asleep = set()
+                await pool.pausing.freeze(server, f"not woken: {exc}")
+    if scope.cancelled_caught:
+        failed[server.address] = f"it confirmed nothing for {limit_s:g} s"
+        server.frozen = True
 
 
 async def _check_not_restarted(pool: ServerPool, server: Server) -> None:

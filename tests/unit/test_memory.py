@@ -30,6 +30,7 @@ from arealtrio.weights import (
 )
 
 from .embedded_server import PROMPT, VOCAB_SIZE
+from .faulty import faulty_engine
 from .observed import Observed, observed_engine, running_servers
 
 both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
@@ -249,6 +250,40 @@ async def test_what_sleeps_is_woken_when_training_fails_and_at_the_end(
         seen.forget()
         await engine.offload()
     assert woken(seen, seen.urls[0], dialect) == len(engine.pool.dialect.memory_tags)
+
+
+async def test_closing_waits_for_a_server_as_long_as_it_wakes(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gave up after a while, with the weights awake and the cache not, and said nothing."""
+    async with faulty_engine(close_timeout_s=10.0) as (engine, faulty):
+        faulty.delay_s = lambda path: 6.0 if path.startswith("/wake_up") else 0.0
+        await engine.offload()
+        with trio.CancelScope() as scope:
+            scope.cancel()  # as by Ctrl-C
+            await engine.memory.close()
+        assert not any(server.asleep for server in faulty.fleet)
+        assert [server.scheduler.pause_mode for server in faulty.fleet] == [None, None]
+        assert not engine.memory.is_lent
+        assert not caplog.text
+
+
+@both_dialects
+async def test_closing_gives_a_server_up_that_hangs_and_names_it(
+    dialect: Any, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with simulated_executor(servers=settings, close_timeout_s=10.0) as (executor, fleet):
+        await executor.offload()
+        awake, hung = fleet.servers
+        hung.hang()
+        began = trio.current_time()
+        await executor.engine.memory.close()
+        assert trio.current_time() - began < 15
+        assert f"{hung.address} may be left asleep, restart it" in caplog.text
+        assert awake.address not in caplog.text
+        assert not awake.asleep
+        assert awake.scheduler.pause_mode is None
 
 
 async def test_a_cancelled_offload_wakes_what_it_had_put_to_sleep(
