@@ -22,8 +22,10 @@ async def load_adapter(pool: ServerPool, server: Server, adapter: Adapter) -> No
     or of an update that reached too few servers. That is unloaded first. SGLang waits with it until
     no request of its own uses it, so what it runs is returned.
 
+    Cut short, it leaves a server that may have neither out of service, until it has what it lost.
+
     Raises:
-        RolloutError: If the server did not confirm it. It may have neither then.
+        RolloutError: If the server did not confirm it.
     """
     request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
     limits = pool.config.control_limits(pool.config.update_timeout_s)
@@ -32,9 +34,14 @@ async def load_adapter(pool: ServerPool, server: Server, adapter: Adapter) -> No
         pool.dialect.parse_control(response)
         return
     unload = pool.dialect.unload_adapter(adapter.served_name)
-    async with pool.pausing.paused("abort", [server]):
-        for again in (unload, request):
-            await pool.control(server, again, pool.config.update_timeout_s)
+    try:
+        async with pool.pausing.paused("abort", [server]):
+            for again in (unload, request):
+                await pool.control(server, again, pool.config.update_timeout_s)
+    except BaseException:
+        server.version = 0  # it has not all that its version stands for
+        pool.mark_stale(server, f"its {adapter.served_name} was to be replaced")
+        raise
 
 
 async def unload_retired(pool: ServerPool) -> None:

@@ -248,6 +248,20 @@ async def test_an_adapter_is_replaced_under_the_requests_that_use_it(
 
 
 @both_dialects
+async def test_one_that_could_not_be_replaced_is_there_again(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"probe_interval_s": 0.02}
+    async with observed_engine(tmp_path, monkeypatch, dialect, config=config) as (engine, _):
+        await update_weights(engine.pool, lora(tmp_path, 1))
+        with pytest.raises(WeightUpdateError):
+            await update_weights(engine.pool, lora(tmp_path / "missing", 1))
+        assert states(engine) == ["stale", "stale"]
+        await engine.pool.wait_ready(5)
+        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
+
+
+@both_dialects
 async def test_if_no_server_takes_it_requests_name_the_one_before(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
