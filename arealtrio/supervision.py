@@ -170,6 +170,7 @@ def _notice_restart(server: Server) -> None:
     """
     if server.label_seen and server.info.weight_version is None:
         server.labelled = server.label_seen = False
+        server.version = 0  # a label that it takes on by mistake must not name what it had before
         server.unwoken.clear()
         server.tainted = server.loading
         server.cut_off()

@@ -116,6 +116,30 @@ async def test_a_server_that_keeps_the_old_label_has_not_taken_the_update(
         await check_weights(executor, fleet, 1)
 
 
+async def test_a_new_process_that_labels_itself_wrongly_has_not_what_the_one_before_it_had(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had taken the update before it died, and called itself by that number when it returned."""
+    settings = [SimulatedServerSettings(load_time_s=seconds) for seconds in (1.0, 30.0)]
+    async with simulated_executor(
+        servers=settings, health_interval_s=1.0, probe_interval_max_s=1.0
+    ) as (executor, fleet):
+        first = fleet.servers[0]
+        always_1 = lambda server, asked: "1" if server is first else asked  # noqa: E731
+        monkeypatch.setattr(fleet.faults, "on_label", always_1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.update_weights, to(1, rolling=True))
+            await trio.sleep(10.0)
+            assert first.scheduler.weight_version == "1"
+            first.die()
+            await trio.sleep(10.0)
+            assert executor.engine.pool.named(first.address).state.value == "ejected"
+            first.restart()
+            await trio.sleep(5.0)
+            assert (first.scheduler.weight_version, executor.get_version()) == ("1", 0)
+        await check_weights(executor, fleet, 1)
+
+
 async def test_a_wrong_label_is_set_right_where_there_is_nothing_to_load(
     autojump_clock: MockClock,
 ) -> None:
