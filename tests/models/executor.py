@@ -329,26 +329,30 @@ class ModelExecutor:
 
     def expire_results(self) -> None:
         """What waits to be taken and is too old gives its budget back at once."""
-        for group in self.ready(is_eval=False):
-            if group.outcome == "accepted" and self.is_too_old(group):
-                group.outcome = "expired"
-        self.start()
+        ready = self.ready(is_eval=False)
+        gone = [g for g in ready if g.outcome == "accepted" and self.is_too_old(g)]
+        for group in gone:
+            group.outcome = "expired"
+        if gone:  # else nobody starts yet: what is queued again below comes first
+            self.start()
 
     def discard_outdated(self) -> None:
         """What waits for a batch and is too old: queued again, the lowest first, or dropped."""
         stream = self.stream
         if stream is None or not self.rules.bounded:
             return
-        for group in reversed(self.released(stream.places)):
-            if group.outcome == "accepted" and self.is_too_old(group):
-                stream.places.remove(group)
-                if self.requeue(group):
-                    stream.unsettled += 1
-                    self.live.append(group)
-                else:
-                    group.outcome = "expired"
-                    self.untold.append(f"{group.name} expired")
-        self.start()
+        waiting = reversed(self.released(stream.places))
+        old = [g for g in waiting if g.outcome == "accepted" and self.is_too_old(g)]
+        for group in old:
+            stream.places.remove(group)
+            if self.requeue(group):
+                stream.unsettled += 1
+                self.live.append(group)
+            else:
+                group.outcome = "expired"
+                self.untold.append(f"{group.name} expired")
+        if old:
+            self.start()
 
     # --- wait ------------------------------------------------------------------------------------
 
