@@ -507,17 +507,18 @@ class RolloutController:
             )
 
     def _feed(self, stream: BatchStream, count: int, arguments: RolloutArguments) -> None:
-        """Let the trio side take prompts that were read: an interrupt here leaves them there."""
-        executor = self._live
+        """Let the trio side take prompts that were read: an interrupt here leaves them there.
 
-        def feed() -> None:
+        An error of theirs is the caller's: a ``prompt_id`` that has no text, for example.
+        """
+
+        def feed(executor: WorkflowExecutor) -> None:
             self._feeding = False
             if not executor.closed:
                 executor.feed(stream, stream.feed.pop(count), arguments)
 
         self._feeding = True
-        if not self._post(feed):
-            raise self._ended_error()
+        self._ask(feed)
 
     def batches(
         self,

@@ -620,6 +620,18 @@ def test_user_code_that_calls_the_controller_it_runs_in_is_told_so(where: str) -
         assert "would wait for itself for ever" in str(result.failure.error)
 
 
+def test_a_prompt_whose_name_has_no_text_costs_the_call_alone() -> None:
+    class NoText:
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    with controller() as rollout:
+        with pytest.raises(ValueError, match="no text"):
+            rollout.prepare_batch([{"prompt_id": NoText()}], Instant())
+        rollout.submit({}, Instant())
+        assert len(rollout.wait(1, timeout_s=SOON_S)) == 1
+
+
 def test_a_workflow_s_constructor_that_exits_costs_the_call_alone() -> None:
     class Exits(Instant):
         def __init__(self) -> None:
