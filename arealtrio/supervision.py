@@ -12,6 +12,7 @@ import trio
 
 from .errors import RolloutError
 from .memory import rouse
+from .restarts import take_out_if_restarted
 from .servers import (
     IN_SERVICE,
     OUT_OF_ORDER,
@@ -57,26 +58,11 @@ async def _check_regularly(pool: ServerPool, server: Server) -> None:
 async def _check_once(pool: ServerPool, server: Server) -> None:
     try:
         await pool.check_health(server)
-        restarted = await _has_lost_its_label(pool, server)
+        await take_out_if_restarted(pool, server)
     except RolloutError as exc:
         pool.ejection.unhealthy(server, exc)
-        return
-    pool.ejection.healthy(server)
-    if restarted and server.state is ServerState.READY:
-        pool.mark_stale(server, "it was restarted, and has its first weights")
-        server.cut_off()
-
-
-async def _has_lost_its_label(pool: ServerPool, server: Server) -> bool:
-    """Whether a server is another process now. One whose answers tell their versions is not asked.
-
-    Nor is one that is being updated: its label and its weights change one after the other.
-    """
-    if server.info.token_in_token_out or not server.labelled or server.control_lock.locked():
-        return False
-    limits = pool.config.control_limits(pool.config.health_timeout_s)
-    response = await pool.send(server, pool.dialect.weight_version(), limits)
-    return pool.dialect.parse_weight_version(response) is None
+    else:
+        pool.ejection.healthy(server)
 
 
 async def _bring_back(pool: ServerPool, server: Server) -> None:
