@@ -8,6 +8,8 @@ import pytest
 import trio
 import trio.testing
 
+from arealtrio.errors import RequestRejected
+from arealtrio.settlement import classify
 from arealtrio.testing import (
     FixedLengths,
     SimulatedServerSettings,
@@ -15,18 +17,161 @@ from arealtrio.testing import (
     simulated_executor,
 )
 from arealtrio.types import (
+    FailureKind,
     GenerationHyperparameters,
+    HttpRequest,
+    HttpResponse,
     ModelRequest,
 )
 from arealtrio.weights import WeightUpdate, update_weights
 
-from .faulty import faulty_engine
-from .puppet import settled
-from .test_supervision import check_exact, disk, traffic, until_states
+from .faulty import faulty_engine, refuses
+from .puppet import Deferred, Generates, prompts, settled
+from .test_supervision import check_exact, disk, requests_of, states, traffic, until_states
 
 Clock = trio.testing.MockClock
+GENERATE = "/inference/v1/generate"
 both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
 ADAPTED = GenerationHyperparameters(max_new_tokens=20, lora_name="x")
+TYPO = GenerationHyperparameters(max_new_tokens=20, lora_name="nobody")
+
+
+# --- what a restarted server refuses ------------------------------------------------------------
+
+
+@both_dialects
+async def test_a_restarted_server_that_lost_its_adapters_takes_no_work_with_it(
+    dialect: str, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    """It refuses at once, so that it always has the fewest requests: it would get them all."""
+    servers = [SimulatedServerSettings(dialect=dialect)] * 4  # type: ignore[arg-type]
+    async with simulated_executor(
+        servers=servers, lengths=FixedLengths(20), consumer_batch_size=8, max_staleness=4
+    ) as (executor, fleet):
+        await executor.update_weights(WeightUpdate.lora("x", tmp_path, 1))
+        fleet.servers[3].restart()  # idle, so that no connection tells
+        loader = prompts()
+        for version in (2, 3, 4):
+            batch = await executor.prepare_batch(loader, Generates(ADAPTED))
+            assert len(batch) == 8
+            await executor.update_weights(WeightUpdate.lora("x", tmp_path, version))
+        assert executor.counts.as_dict()["failed"] == 0
+        await until_states(executor.engine, *["ready"] * 4)
+        for _ in range(4):
+            await executor.engine.agenerate(ModelRequest([3], ADAPTED))
+        assert requests_of(executor.engine)[3] > 1
+
+
+@both_dialects
+async def test_a_server_that_restarts_in_a_pause_is_found_out_by_what_it_refuses(
+    dialect: str, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    """Nobody checks a paused server, and it is sent requests the moment it goes on."""
+    servers = [SimulatedServerSettings(dialect=dialect)] * 2  # type: ignore[arg-type]
+    async with simulated_executor(servers=servers, lengths=FixedLengths(20)) as (executor, fleet):
+        engine = executor.engine
+        await update_weights(engine.pool, WeightUpdate.lora("x", tmp_path, 1))
+        async with engine.paused():
+            fleet.servers[1].die()
+            await trio.sleep(60)
+            fleet.servers[1].restart()
+        async with trio.open_nursery() as nursery:
+            request = ModelRequest([3], ADAPTED)
+            calls = [Deferred(nursery, engine.agenerate, request) for _ in range(2)]
+            await until_states(engine, "ready", "stale")
+            assert "it was restarted" in engine.statistics()[1].reason
+        for call in calls:
+            assert set(call.value.output_versions.tolist()) == {1}
+        await until_states(engine, "ready", "ready")
+
+
+async def test_a_server_that_comes_back_without_the_token_route_is_asked_on_another(
+    autojump_clock: Clock,
+) -> None:
+    """As when it is started again without --enable-scale-out."""
+    absent = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
+    async with faulty_engine(length=20) as (engine, faulty):
+        changed = faulty.fleet.addresses[1]
+        await update_weights(engine.pool, disk(1))
+
+        def without_route(address: str, request: HttpRequest) -> HttpResponse | None:
+            return absent if (address, request.path) == (changed, GENERATE) else None
+
+        faulty.fleet.servers[1].restart()
+        faulty.fault = without_route
+        for _ in range(4):
+            check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        await until_states(engine, "ready", "ready")
+        assert not engine.pool.servers[1].info.token_in_token_out
+        asked = requests_of(engine)[1]
+        for _ in range(4):
+            check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        assert requests_of(engine)[1] > asked
+
+
+async def test_a_refusal_of_one_that_lost_even_its_development_routes_is_not_the_prompts(
+    autojump_clock: Clock,
+) -> None:
+    absent = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
+    async with faulty_engine(length=20) as (engine, faulty):
+        changed = faulty.fleet.addresses[1]
+        await update_weights(engine.pool, disk(1))
+        faulty.fleet.servers[1].restart()
+        gone = (GENERATE, "/weight_info", "/update_weight_version", "/collective_rpc", "/pause")
+        faulty.fault = lambda address, request: (
+            absent if address == changed and request.path.startswith(gone) else None
+        )
+        for _ in range(4):
+            check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        assert states(engine) == ["ready", "stale"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 408, 425, 429])
+async def test_a_refusal_that_is_not_the_requests_costs_time_only(
+    status: int, autojump_clock: Clock
+) -> None:
+    async with faulty_engine() as (engine, faulty), traffic(engine, 4):
+        faulty.fault = refuses(GENERATE, faulty.fleet.addresses[0], status=status)
+        await until_states(engine, "ejected", "ready")
+        faulty.fault = lambda *_: None
+        await until_states(engine, "ready", "ready")
+
+
+async def test_where_every_server_refuses_it_so_the_prompt_is_not_blamed(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine(max_failovers=3) as (engine, faulty):
+        faulty.asked.clear()
+        faulty.fault = refuses(GENERATE, status=429)
+        with pytest.raises(RequestRejected) as caught:
+            await engine.agenerate(ModelRequest([3]))
+        assert classify(caught.value) is FailureKind.INFRASTRUCTURE
+        assert "max_failovers" in caught.value.__notes__[-1]
+        assert sum(path == GENERATE for _, path in faulty.asked) == 4
+
+
+@pytest.mark.parametrize("gconfig", [ADAPTED, GenerationHyperparameters()])
+async def test_a_prompt_that_is_wrong_is_refused_once_and_ends_as_its_own_failure(
+    gconfig: GenerationHyperparameters, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with faulty_engine() as (engine, faulty):
+        await update_weights(engine.pool, WeightUpdate.lora("x", tmp_path, 1))
+        faulty.asked.clear()
+        faulty.fault = refuses(GENERATE)
+        with pytest.raises(RequestRejected) as caught:
+            await engine.agenerate(ModelRequest([3], gconfig))
+        assert classify(caught.value) is FailureKind.DATA
+        assert sum(path == GENERATE for _, path in faulty.asked) == 1
+        assert states(engine) == ["ready", "ready"]
+
+
+async def test_an_adapter_that_nobody_loaded_is_no_servers_failure(autojump_clock: Clock) -> None:
+    async with faulty_engine() as (engine, _):
+        for _ in range(20):
+            with pytest.raises(RequestRejected, match="nobody"):
+                await engine.agenerate(ModelRequest([3], TYPO))
+        assert states(engine) == ["ready", "ready"]
+        assert engine.totals().failovers == 0
 
 
 # --- what it does not refuse --------------------------------------------------------------------
