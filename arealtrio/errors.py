@@ -178,6 +178,11 @@ class RequestRejected(RolloutError):
         """Whether it says that what was asked is wrong, and not the state of the server."""
         return self.status not in NOT_THE_CONTENT
 
+    @property
+    def is_of_the_route(self) -> bool:
+        """Whether the server does not have what was asked for, or not by this method."""
+        return self.status in (404, 405)
+
 
 class ProtocolError(RolloutError):
     """The answer does not follow the dialect (HTML, truncated JSON, lists of unequal length, …)."""

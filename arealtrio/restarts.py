@@ -9,8 +9,6 @@ from __future__ import annotations
 from .errors import RequestRejected
 from .servers import IN_SERVICE, Server, ServerPool
 
-NO_SUCH_ROUTE = (404, 405)
-
 
 async def take_out_if_restarted(pool: ServerPool, server: Server) -> bool:
     """Ask a server whether it was restarted; if so, it is out of service until it has the weights.
@@ -41,6 +39,6 @@ async def _was_restarted(pool: ServerPool, server: Server) -> bool:
     try:
         return pool.dialect.parse_weight_version(response) is None
     except RequestRejected as exc:
-        if exc.status in NO_SUCH_ROUTE:
+        if exc.is_of_the_route:
             return True
         raise

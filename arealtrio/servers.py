@@ -448,7 +448,7 @@ class ServerPool:
             request = self.dialect.label_weights(version)
             await self.control(server, request, self.config.control_timeout_s)
         except RequestRejected as exc:
-            if exc.status not in (404, 405):
+            if not exc.is_of_the_route:
                 raise
             server.labelled = False
         else:

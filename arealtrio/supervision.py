@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import trio
 
 from .errors import RolloutError
+from .leftovers import let_generate, wake_left_asleep
 from .memory import rouse
 from .restarts import take_out_if_restarted
 from .servers import (
@@ -92,16 +93,32 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
     with trio.CancelScope() as server.restoring:  # an update with newer weights ends it
         async with server.control_lock:
             try:
-                await pool.check_health(server)
-                pool.ejection.healthy(server)
-                await pool.discover(server)
-                server.version = await _restore(pool, server)
+                await _restore_and_check(pool, server)
             except RolloutError as exc:
                 server.reason = f"{type(exc).__name__}: {exc}"
                 pool.ejection.unhealthy(server, exc)
             else:
                 _take_back(pool, server)
     server.restoring = None
+
+
+async def _restore_and_check(pool: ServerPool, server: Server) -> None:
+    """Bring a server to the pool's weights, if it is well.
+
+    One that may be paused can not be asked that before: SGLang answers it by generating.
+    """
+    may_be_paused = server.frozen or server.state is ServerState.JOINING
+    if not may_be_paused:
+        await _check_health(pool, server)
+    await pool.discover(server)
+    server.version = await _restore(pool, server)
+    if may_be_paused:
+        await _check_health(pool, server)
+
+
+async def _check_health(pool: ServerPool, server: Server) -> None:
+    await pool.check_health(server)
+    pool.ejection.healthy(server)
 
 
 def _take_back(pool: ServerPool, server: Server) -> None:
@@ -114,6 +131,8 @@ def _take_back(pool: ServerPool, server: Server) -> None:
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
     _notice_restart(server)
+    if server.state is ServerState.JOINING:
+        await wake_left_asleep(pool, server)
     await rouse(pool, server)
     version = server.version
     if not _has_its_weights(pool, server):
@@ -125,8 +144,7 @@ async def _restore(pool: ServerPool, server: Server) -> int:
             await pool.label(server, version)
     await pool.confirm(server, version)
     server.tainted = False
-    if server.frozen:
-        await pool.pausing.resume(server)
+    await let_generate(pool, server)
     return version
 
 
@@ -197,7 +215,7 @@ def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
         )
     if not pool.recipe and (server.tainted or (server.labelled and reported is not None)):
         raise RolloutError(
-            "its weights are not those that it started with, and no update of this run can be "
+            "its weights may not be those that it started with, and no update of this run can be "
             "repeated; it returns with the next, or when it is restarted"
         )
     return pool.recipe

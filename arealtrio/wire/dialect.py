@@ -237,6 +237,12 @@ class Dialect(WeightRequests, Protocol):
     def parse_load(self, response: HttpResponse) -> ServerLoad:
         """Read them."""
 
+    def sleeping(self) -> HttpRequest | None:
+        """Ask whether it sleeps; None where no server of this kind tells."""
+
+    def parse_sleeping(self, response: HttpResponse) -> bool:
+        """Read it; a server without the route does not sleep."""
+
     def weight_version(self) -> HttpRequest:
         """Ask for the label of the weights it serves."""
 

@@ -157,6 +157,10 @@ class _WeightInfo(msgspec.Struct):
     weight_version: str
 
 
+class _Sleep(msgspec.Struct):
+    is_sleeping: bool
+
+
 class _Control(msgspec.Struct):
     success: bool = True
     results: list[Any] = []  # of collective_rpc, one for each worker
@@ -346,6 +350,16 @@ class VllmDialect(VllmWeights):
             preemptions=int(sum(preemptions)),
             kv_cache_usage=max(usage, default=0.0),
         )
+
+    def sleeping(self) -> HttpRequest | None:
+        """Ask a development route; a server without them can not be put to sleep either."""
+        return body.get("/is_sleeping")
+
+    def parse_sleeping(self, response: HttpResponse) -> bool:
+        """Read it, whether all of its memory sleeps or a part."""
+        if response.status == 404:
+            return False
+        return body.read(response, _Sleep, SERVER, "whether it sleeps").is_sleeping
 
     def weight_version(self) -> HttpRequest:
         """Ask for the label."""

@@ -807,6 +807,7 @@ async def test_the_end_of_an_update_resumes_no_server_that_failed_it(
     async with faulty_engine() as (engine, faulty):
         bad = faulty.fleet.addresses[1]
         faulty.fault = refuses_to_load(bad)
+        faulty.asked.clear()
         await update_weights(engine.pool, disk(1))
         assert (bad, "/resume") not in faulty.asked
         assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, "abort"]
