@@ -46,6 +46,8 @@ async def _join_one(
             await wake_left_asleep(pool, server)
             server.version = pool.version
             await pool.label(server, pool.version)
+            if not server.labelled:
+                server.started = await pool.start_of(server)
             await let_generate(pool, server)
             await pool.check_health(server)
             break

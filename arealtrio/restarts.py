@@ -31,9 +31,12 @@ async def take_out_if_restarted(pool: ServerPool, server: Server) -> bool:
 
 
 async def _was_restarted(pool: ServerPool, server: Server) -> bool:
-    """Whether it lost the label that the pool gave it, or the route that tells it."""
+    """Whether it lost the label that the pool gave it, or the route that tells it.
+
+    One that takes no label is known by its start, where it tells that.
+    """
     if not server.labelled:
-        return False
+        return await pool.is_another_process(server)
     limits = pool.config.control_limits(pool.config.health_timeout_s)
     response = await pool.send(server, pool.dialect.weight_version(), limits)
     try:

@@ -458,9 +458,12 @@ class ServerPool:
         """Ask a server which weights it has; raise if it is to have others.
 
         Raises:
-            ProtocolError: It reports another version than it was given.
+            ProtocolError: It reports another version than it was given; or, where it reports none,
+                it is another process than the one that was last looked at.
         """
         if not server.labelled:
+            if await self.is_another_process(server):
+                raise ProtocolError("it was restarted, before it had the weights or after")
             return
         limits = self.config.control_limits(self.config.control_timeout_s)
         response = await self.send(server, self.dialect.weight_version(), limits)
@@ -468,3 +471,21 @@ class ServerPool:
         server.tells_label(reported)
         if reported != version:
             raise ProtocolError(f"it reports version {reported} after it was given {version}")
+
+    async def is_another_process(self, server: Server) -> bool:
+        """Whether a server that takes no label was restarted since it was last looked at."""
+        if server.started is None:
+            return False
+        return await self.start_of(server) not in (None, server.started)
+
+    async def start_of(self, server: Server) -> float | None:
+        """When the process of a server started; None where it does not tell."""
+        question = self.dialect.started()
+        if question is None:
+            return None
+        limits = self.config.control_limits(self.config.health_timeout_s)
+        response = await self.send(server, question, limits)
+        try:
+            return self.dialect.parse_started(response)
+        except (RequestRejected, ProtocolError):  # it has no such page, or another
+            return None

@@ -130,7 +130,7 @@ def _take_back(pool: ServerPool, server: Server) -> None:
 
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
-    _notice_restart(server)
+    await _notice_restart(pool, server)
     if server.state is ServerState.JOINING:
         await wake_left_asleep(pool, server)
     await rouse(pool, server)
@@ -165,19 +165,32 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
     return base_version if recipe else server.info.weight_version
 
 
-def _notice_restart(server: Server) -> None:
+async def _notice_restart(pool: ServerPool, server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights.
 
-    What it was sent before that was noticed is made by them, and of no use. One that was given
-    labels and never told one may be the same process still, and have whatever it was sent; so may
-    one that was restarted while it was sent weights.
+    So is one that takes none and started at another time. One that was given labels and never told
+    one may be the same process still, and have whatever it was sent.
     """
     if server.label_seen and server.info.weight_version is None:
-        server.labelled = server.label_seen = False
-        server.version = 0  # a label that it takes on by mistake must not name what it had before
-        server.unwoken.clear()
-        server.tainted = server.loading
-        server.cut_off()
+        _forget(server)
+    if server.labelled:
+        return
+    started = await pool.start_of(server)
+    if None not in (started, server.started) and started != server.started:
+        _forget(server)
+    server.started = started
+
+
+def _forget(server: Server) -> None:
+    """Forget what the process before had; what it made by first weights is of no use.
+
+    One that was restarted while it was sent weights may have them.
+    """
+    server.labelled = server.label_seen = False
+    server.version = 0  # a label that it takes on by mistake must not name what it had before
+    server.unwoken.clear()
+    server.tainted = server.loading
+    server.cut_off()
 
 
 def _has_its_base(pool: ServerPool, server: Server) -> bool:

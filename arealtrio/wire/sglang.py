@@ -326,6 +326,14 @@ class SglangDialect(SglangWeights):
             kv_cache_usage=max(usage, default=0.0),
         )
 
+    def started(self) -> HttpRequest | None:
+        """SGLang does not tell."""
+        return None
+
+    def parse_started(self, response: HttpResponse) -> float | None:  # noqa: ARG002  likewise
+        """Nothing."""
+        return None
+
     def sleeping(self) -> HttpRequest | None:
         """SGLang does not tell, and one that is awake dies of being woken."""
         return None

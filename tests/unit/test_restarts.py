@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
+from arealtrio.config import RolloutConfig
+from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import RequestRejected
 from arealtrio.settlement import classify
 from arealtrio.testing import (
     FixedLengths,
+    SimulatedFleet,
     SimulatedServerSettings,
     checkpoint,
+    open_fleet,
     simulated_executor,
 )
 from arealtrio.types import (
@@ -25,13 +33,14 @@ from arealtrio.types import (
 )
 from arealtrio.weights import WeightUpdate, update_weights
 
-from .faulty import faulty_engine, refuses
+from .faulty import Faulty, faulty_engine, refuses
 from .puppet import Deferred, Generates, prompts, settled
 from .test_supervision import check_exact, disk, requests_of, states, traffic, until_states
 
 Clock = trio.testing.MockClock
 GENERATE = "/inference/v1/generate"
 both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+ABSENT = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
 ADAPTED = GenerationHyperparameters(max_new_tokens=20, lora_name="x")
 TYPO = GenerationHyperparameters(max_new_tokens=20, lora_name="nobody")
 
@@ -89,13 +98,12 @@ async def test_a_server_that_comes_back_without_the_token_route_is_asked_on_anot
     autojump_clock: Clock,
 ) -> None:
     """As when it is started again without --enable-scale-out."""
-    absent = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
     async with faulty_engine(length=20) as (engine, faulty):
         changed = faulty.fleet.addresses[1]
         await update_weights(engine.pool, disk(1))
 
         def without_route(address: str, request: HttpRequest) -> HttpResponse | None:
-            return absent if (address, request.path) == (changed, GENERATE) else None
+            return ABSENT if (address, request.path) == (changed, GENERATE) else None
 
         faulty.fleet.servers[1].restart()
         faulty.fault = without_route
@@ -112,14 +120,13 @@ async def test_a_server_that_comes_back_without_the_token_route_is_asked_on_anot
 async def test_a_refusal_of_one_that_lost_even_its_development_routes_is_not_the_prompts(
     autojump_clock: Clock,
 ) -> None:
-    absent = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
     async with faulty_engine(length=20) as (engine, faulty):
         changed = faulty.fleet.addresses[1]
         await update_weights(engine.pool, disk(1))
         faulty.fleet.servers[1].restart()
         gone = (GENERATE, "/weight_info", "/update_weight_version", "/collective_rpc", "/pause")
         faulty.fault = lambda address, request: (
-            absent if address == changed and request.path.startswith(gone) else None
+            ABSENT if address == changed and request.path.startswith(gone) else None
         )
         for _ in range(4):
             check_exact(await engine.agenerate(ModelRequest([3])), 20)
@@ -213,3 +220,83 @@ async def test_a_restart_under_an_adapter_is_noticed_by_an_idle_pool(
         assert faulty.fleet.servers[0].scheduler.weight_version == "2"
         for _ in range(4):
             await engine.agenerate(ModelRequest([3], ADAPTED))
+
+
+# --- where no label tells -----------------------------------------------------------------------
+
+
+class Unlabelled(Faulty):
+    """AReaL's routes, and what its vLLM lacks, in front of simulated servers."""
+
+    def __init__(self, fleet: SimulatedFleet, *, tells_start: bool = True) -> None:
+        super().__init__(fleet)
+        absent = [GENERATE, "/update_weight_version", "/weight_info", "/is_sleeping"]
+        self.absent = absent if tells_start else [*absent, "/metrics"]
+
+    async def request(self, base_url: str, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        if request.path in self.absent:
+            return ABSENT
+        return await super().request(base_url, self._translated(request), *args, **kwargs)
+
+    def _translated(self, request: HttpRequest) -> HttpRequest:
+        if request.path == "/areal_pause_generation":
+            return HttpRequest("POST", "/pause?mode=abort")
+        if request.path == "/areal_continue_generation":
+            return HttpRequest("POST", "/resume")
+        if request.path == "/areal_update_weights":
+            path = msgspec.json.decode(request.body)["model_path"]
+            rpc = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            return HttpRequest("POST", "/collective_rpc", msgspec.json.encode(rpc))
+        return request
+
+
+@asynccontextmanager
+async def unlabelled_engine(**kind: Any) -> AsyncIterator[tuple[RemoteEngine, SimulatedFleet]]:
+    async with open_fleet(2, lengths=FixedLengths(20)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, backend="vllm_areal")
+        transport = Unlabelled(fleet, **kind)
+        async with open_engine(config, transport=transport) as engine:
+            yield engine, fleet
+
+
+async def test_a_server_without_labels_is_told_by_its_start_from_the_one_before(
+    autojump_clock: Clock,
+) -> None:
+    async with unlabelled_engine() as (engine, fleet):
+        update = WeightUpdate.from_disk(checkpoint(1), 1, pause="abort")
+        assert not (await update_weights(engine.pool, update)).failed
+        await trio.sleep(100)
+        assert states(engine) == ["ready", "ready"]
+        check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        fleet.servers[1].restart()
+        await until_states(engine, "ready", "stale")
+        assert "it was restarted" in engine.statistics()[1].reason
+        await until_states(engine, "ready", "ready")
+        for _ in range(4):
+            check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        assert requests_of(engine)[1] > 1
+
+
+async def test_one_without_labels_that_was_restarted_around_an_update_is_not_taken_to_have_it(
+    autojump_clock: Clock,
+) -> None:
+    async with unlabelled_engine() as (engine, fleet):
+        await trio.sleep(1)
+        fleet.servers[1].restart()
+        update = WeightUpdate.from_disk(checkpoint(1), 1, pause="abort")
+        result = await update_weights(engine.pool, update)
+        assert "it was restarted" in result.failed[fleet.addresses[1]]
+        await until_states(engine, "ready", "ready")
+        for _ in range(4):
+            check_exact(await engine.agenerate(ModelRequest([3])), 20)
+
+
+async def test_where_nothing_tells_a_restart_no_version_but_the_first_is_exact(
+    autojump_clock: Clock,
+) -> None:
+    async with unlabelled_engine(tells_start=False) as (engine, _):
+        check_exact(await engine.agenerate(ModelRequest([3])), 20)
+        await update_weights(engine.pool, WeightUpdate.from_disk(checkpoint(1), 1, pause="abort"))
+        answer = await engine.agenerate(ModelRequest([3]))
+        assert set(answer.output_versions.tolist()) == {1}
+        assert not answer.versions_exact

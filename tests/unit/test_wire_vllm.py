@@ -392,6 +392,13 @@ def test_weight_version(name: str) -> None:
     assert DIALECT.parse_weight_version(recorded(name)) == LABELS[name]
 
 
+def test_when_its_process_started() -> None:
+    assert DIALECT.started() == HttpRequest("GET", "/metrics")
+    assert DIALECT.parse_started(recorded("metrics_idle.prom")) == 1795407261.69
+    assert DIALECT.parse_started(recorded("metrics_busy.prom")) == 1795409225.77
+    assert DIALECT.parse_started(HttpResponse(200, {}, b"vllm:num_requests_running 1\n")) is None
+
+
 SLEEPING = {"is_sleeping_0.json": False, "is_sleeping_1.json": True, "is_sleeping_2.json": False}
 
 
