@@ -36,7 +36,7 @@ from .ordering import Origin
 from .pressure import relieve_pressure
 from .provenance import versions_of
 from .restarts import take_out_if_restarted
-from .servers import IN_SERVICE, Lease, Server, ServerPool, ServerState, ServerStatistics
+from .servers import Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
 from .tally import EngineStatistics, Tally
 from .transport import HttpTransport, Transport, ensure_descriptors, trust
@@ -338,12 +338,11 @@ class RemoteEngine:
         return not refusal.is_of_the_content and not misnamed
 
     async def _can_not_judge(self, server: Server) -> bool:
-        """Whether a server is not the one that the pool takes it for; it is out of service then."""
+        """Whether a server is not the one that the pool takes it for, or does not even tell."""
         try:
-            restarted = await take_out_if_restarted(self.pool, server)
-        except RolloutError:  # it does not even tell what it has
+            return await take_out_if_restarted(self.pool, server)
+        except RolloutError:
             return True
-        return restarted or server.state not in IN_SERVICE
 
     def _parser_for(self, server: Server, generation: Generation) -> StreamParser | None:
         """Where a streamed answer is collected; None to ask for it in one piece.
