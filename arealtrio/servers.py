@@ -330,7 +330,8 @@ class ServerPool:
     ) -> None:
         """Make ``version`` the version of the pool, in either direction (recovery goes back).
 
-        Going back fails what waits for weights that are given up by it.
+        Who joined or returned during the update, and missed it, is out of service before anything
+        is handed out. Going back fails what waits for weights that are given up by it.
 
         Args:
             version: The version.
@@ -344,12 +345,20 @@ class ServerPool:
         if has_base:
             self.base_version = version
         self.told(version)
-        self._lowest = version
         self._leases.fail(
             lambda waiter: self._will_not_come(waiter.min_version),
             lambda waiter: self._went_back(waiter.min_version),
         )
+        self.take_out_outdated()
+        self._lowest = version
         self._leases.hand_over()
+
+    def take_out_outdated(self) -> None:
+        """Take out of service who has not the pool's weights, nor newer ones of an update now."""
+        for server in self.servers:
+            if server.state in IN_SERVICE and not self.is_current(server.version):
+                missed = f"missed the update to version {self.version}"
+                self.mark_stale(server, f"{missed}: it has {server.version}")
 
     def _will_not_come(self, version: int) -> bool:
         return self._newest_told < version <= self._abandoned
