@@ -170,9 +170,13 @@ async def _notice_restart(pool: ServerPool, server: Server) -> None:
 
     So is one that takes none and started at another time. One that was given labels and never told
     one may be the same process still, and have whatever it was sent.
+
+    The label of what it started with is set at once, so that the next process is told from it too,
+    if it sleeps before it has weights again.
     """
     if server.label_seen and server.info.weight_version is None:
         _forget(server)
+        await pool.label(server, 0)
     if server.labelled:
         return
     started = await pool.start_of(server)
@@ -187,7 +191,7 @@ def _forget(server: Server) -> None:
     One that was restarted while it was sent weights may have them.
     """
     server.labelled = server.label_seen = False
-    server.version = 0  # a label that it takes on by mistake must not name what it had before
+    server.version = server.base_version = 0  # no label must name what it had before
     server.unwoken.clear()
     server.tainted = server.loading
     server.cut_off()

@@ -14,7 +14,7 @@ import trio.testing
 
 from arealtrio.config import RolloutConfig
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import RequestRejected
+from arealtrio.errors import RequestRejected, TransportError
 from arealtrio.settlement import classify
 from arealtrio.testing import (
     FixedLengths,
@@ -33,7 +33,7 @@ from arealtrio.types import (
 )
 from arealtrio.weights import WeightUpdate, update_weights
 
-from .faulty import Faulty, faulty_engine, refuses
+from .faulty import Fault, Faulty, faulty_engine, refuses
 from .puppet import Deferred, Generates, prompts, settled
 from .test_supervision import check_exact, disk, requests_of, states, traffic, until_states
 
@@ -222,6 +222,17 @@ async def test_a_restart_under_an_adapter_is_noticed_by_an_idle_pool(
             await engine.agenerate(ModelRequest([3], ADAPTED))
 
 
+def loses(path: str, *addresses: str) -> Fault:
+    """No answer comes to a request that may have arrived."""
+
+    def fault(address: str, request: HttpRequest) -> HttpResponse | None:
+        if request.path == path and address in addresses:
+            raise TransportError("lost")
+        return None
+
+    return fault
+
+
 # --- where no label tells -----------------------------------------------------------------------
 
 
@@ -300,3 +311,31 @@ async def test_where_nothing_tells_a_restart_no_version_but_the_first_is_exact(
         answer = await engine.agenerate(ModelRequest([3]))
         assert set(answer.output_versions.tolist()) == {1}
         assert not answer.versions_exact
+
+
+async def test_a_restart_is_told_from_one_of_a_server_that_slept_before_it_had_its_weights_again(
+    autojump_clock: Clock,
+) -> None:
+    """An SGLang that may be awake must not be woken: only a label tells that it was restarted."""
+    servers = [SimulatedServerSettings(dialect="sglang")] * 2
+    async with open_fleet(servers, lengths=FixedLengths(20)) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, backend="sglang", vocab_size=50_000)
+        transport = Faulty(fleet)
+        async with open_engine(config, transport=transport) as engine:
+            await update_weights(engine.pool, disk(1))
+            bad, server = fleet.addresses[0], engine.pool.servers[0]
+            transport.fault = refuses("/update_weights_from_disk", bad, status=500)
+            fleet.servers[0].restart()
+            await until_states(engine, "stale", "ready")
+            while "ServerError" not in server.reason:  # it was tried, and has no weights
+                await trio.sleep(1)
+            transport.fault = loses("/resume_memory_occupation", bad)
+            assert not await engine.offload()
+            assert list(await engine.onload()) == [bad]
+            transport.fault = lambda *_: None
+            await trio.sleep(100)
+            assert "restart it" in server.reason
+            fleet.servers[0].restart()
+            await until_states(engine, "ready", "ready")
+            for _ in range(4):
+                check_exact(await engine.agenerate(ModelRequest([3])), 20)
