@@ -45,12 +45,12 @@ from .scheduling import (
     SchedulePolicy,
 )
 from .servers import ServerStatistics
-from .settlement import Failure, RolloutResult
 from .staleness import Permit, RolloutStat, StalenessManager
 from .status import AdmissionStatus, ExecutorStatus, MemberStatus, Stage
 from .tally import EngineStatistics
-from .trajectory import Batch, CollateBuffers, Group
+from .trajectory import Batch, CollateBuffers, Group, RolloutResult
 from .types import (
+    Failure,
     FailureKind,
     GenerationHyperparameters,
     ModelRequest,
@@ -60,7 +60,14 @@ from .types import (
     Trajectory,
 )
 from .weights import AdapterSpec, TensorSpec, WeightsGroup, WeightUpdate, WeightUpdateResult
-from .workflow import MultiTurnWorkflow, RLVRWorkflow, RolloutWorkflow, SingleTurnWorkflow
+from .workflow import (
+    Engine,
+    MultiTurnWorkflow,
+    RLVRWorkflow,
+    RolloutWorkflow,
+    SingleTurnWorkflow,
+    Tokenizer,
+)
 
 __all__ = [
     "AdapterSpec",
@@ -73,6 +80,7 @@ __all__ = [
     "ConfigError",
     "ConnectFailed",
     "DeadlineExceeded",
+    "Engine",
     "EngineStatistics",
     "ExecutorStatus",
     "Failure",
@@ -125,6 +133,7 @@ __all__ = [
     "StalenessBudgetExhausted",
     "StalenessManager",
     "TensorSpec",
+    "Tokenizer",
     "TooManyFailures",
     "TooStale",
     "Trajectory",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import integer
+from .config import GROUP_SIZE_MAX
 from .errors import UsageError
 from .group_policy import GroupPolicy
 from .groups import ALL_MEMBERS, AcceptFunction, Deliver, GroupTask, WorkflowLike
@@ -22,7 +24,7 @@ class RolloutArguments:
     Args:
         workflow: Runs one member.
         should_accept: The filter.
-        group_size: Members of a group.
+        group_size: Members of a group, at most ``GROUP_SIZE_MAX``.
         policy: What becomes of a group when a member does not succeed.
     """
 
@@ -48,7 +50,7 @@ class RolloutArguments:
         return cls(
             resolve_workflow(workflow, workflow_kwargs),
             resolve_accept(should_accept_fn),
-            positive("group_size", group_size),
+            positive("group_size", group_size, GROUP_SIZE_MAX),
             group_policy or ALL_MEMBERS,
         )
 
@@ -66,14 +68,9 @@ class RolloutArguments:
         Raises:
             UsageError: If the prompt is no mapping.
         """
-        if type(prompt) is not dict and not isinstance(prompt, Mapping):
-            raise UsageError(
-                "a prompt is a mapping, such as {'input_ids': [...]}, "
-                f"not {type(prompt).__name__}"
-            )
         return GroupTask(
             task_id=task_id,
-            data=prompt,
+            data=prompt if type(prompt) is dict else as_dict(prompt),
             workflow=self.workflow,
             should_accept=self.should_accept,
             size=self.group_size,
@@ -117,6 +114,21 @@ class ArgumentResolver:
             workflow, workflow_kwargs, should_accept_fn, group_size, group_policy
         )
         return self._last
+
+
+def as_dict(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as a workflow may ask for it; a dict as it is, of another mapping a copy.
+
+    Raises:
+        UsageError: If it is no mapping.
+    """
+    if isinstance(prompt, dict):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    raise UsageError(
+        f"a prompt is a mapping, such as {{'input_ids': [...]}}, not {type(prompt).__name__}"
+    )
 
 
 def resolve_workflow(
@@ -166,12 +178,10 @@ def _import(path: str) -> Any:
         raise UsageError(f"{path!r} can not be imported: {exc}") from exc
 
 
-def positive(name: str, value: int) -> int:
+def positive(name: str, value: int, most: int | None = None) -> int:
     """Return ``value``.
 
     Raises:
-        UsageError: If it is not an integer of at least 1.
+        UsageError: If it is not an integer of at least 1, or more than ``most``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
-    return value
+    return integer(name, value, 1, most, error=UsageError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,11 +12,15 @@ from .batching import BatchStream, DataLoader
 from .config import RolloutConfig
 from .consumption import Consumption
 from .delivery import PermitOrder
+from .errors import TooManyFailures
 from .failures import FailureBudget
 from .groups import GroupTask
 from .lateness import expired, is_bounded
 from .recording import Recording
 from .trajectory import Batch
+from .types import Outcome
+
+logger = logging.getLogger(__name__)
 
 
 class BatchAssembly:
@@ -87,7 +92,7 @@ class BatchAssembly:
             version: The trainer's; ``discard_outdated`` was called with it.
 
         Raises:
-            TooManyFailures: A budget is spent, and no batch is ready.
+            TooManyFailures: A budget is spent, and no batch is ready; or an epoch gave none.
             StalenessBudgetExhausted: If no batch can be had before the next version.
             LedgerError: While the ledger can not be written.
         """
@@ -124,15 +129,32 @@ class BatchAssembly:
         return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
 
     def _end_stream(self, stream: BatchStream, version: int) -> Batch:
-        """End an epoch with an empty batch. What failed since the last one is told in the next."""
+        """End an epoch with an empty batch. What failed since the last one is told in the next.
+
+        Raises:
+            TooManyFailures: It gave no batch, so that its failures would be told to nobody.
+        """
+        if stream is not self._stream:  # its end was told to another caller
+            return Batch(groups=(), version=version)
         self._consumption.take_places(stream.give_up_places())
         self._stream, self._untold = None, stream.batch((), version)
         if self._recording is not None:
             self._recording.end_epoch()
+        errors = _errors_of(self._untold)
+        if errors and stream.any_failed and not stream.delivered:
+            words = f"an epoch ended without a batch: {len(errors)} of its groups failed"
+            raise TooManyFailures(words, errors)
+        if errors:
+            logger.warning(
+                "failed after the last batch of an epoch: %d, the first with %r; see the failures "
+                "of the next epoch's first batch",
+                len(errors),
+                errors[0],
+            )
         return Batch(groups=(), version=version)
 
     def _release(self, stream: BatchStream, count: int, version: int) -> Batch:
-        stream.read_ahead = False
+        stream.read_ahead, stream.delivered = False, True
         groups = stream.take(count)
         self._consumption.take(groups, version - self._config.max_staleness)
         self._consumption.take_places(count - len(groups))  # charged for when they were rejected
@@ -175,3 +197,9 @@ class BatchAssembly:
                 if self._recording is not None:
                     self._recording.close(group.task_id)
         return bool(old)
+
+
+def _errors_of(batch: Batch) -> list[Exception]:
+    """Why groups failed; what was rejected or came too late is no failure."""
+    failed = (result for result in batch.failures if result.outcome is Outcome.FAILED)
+    return [result.failure.error for result in failed if result.failure is not None]

@@ -51,6 +51,8 @@ class BatchStream:
         self.places: DeliveryQueue[Group | RolloutResult] = DeliveryQueue(order)
         self.unsettled = 0
         self.read_ahead = False  # whether prompts were read since a batch became ready
+        self.any_failed = False
+        self.delivered = self.feed.resumed  # whether a batch left, as far as anybody knows
         # What settled otherwise since the last batch: the newest, and how many came before them.
         self.failures: deque[RolloutResult] = deque(maxlen=FAILURES_KEPT)
         self.failures_omitted = 0
@@ -71,6 +73,7 @@ class BatchStream:
         """A group of this stream settled."""
         self.unsettled -= 1
         self.rejections.record(result.outcome)
+        self.any_failed |= result.outcome is Outcome.FAILED
         if result.group is not None:
             self._tasks[result.task_id] = task
             self.put(result.group)

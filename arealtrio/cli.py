@@ -46,6 +46,15 @@ def main() -> None:
     """The rollout half of asynchronous reinforcement learning for language models."""
 
 
+class _Place(click.Path):
+    """A path that is not empty: ``--state "$DIR"`` without a ``DIR`` would mean this directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("a path is not empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @main.command()
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True,
               help="Training steps.")  # fmt: skip
@@ -64,12 +73,12 @@ def main() -> None:
               help="Answers to each prompt.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the model, the prompts and the trainer.")  # fmt: skip
-@click.option("--state", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--state", type=_Place(file_okay=False, path_type=Path), metavar="DIR",
               help="Keep ledger, checkpoint and weights in DIR: the same command again goes on "
               "where it was, whatever ended it.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--json", "json_path", type=_Place(dir_okay=False, path_type=Path),
               help="Write the numbers of the run here.")  # fmt: skip
-@click.option("--keep-weights", type=click.Path(file_okay=False, path_type=Path),
+@click.option("--keep-weights", type=_Place(file_okay=False, path_type=Path),
               help="Leave every version's weights here.")  # fmt: skip
 @click.option("--freeze-weights", is_flag=True,
               help="Withhold the trainer's updates from the servers, to compare with.")  # fmt: skip
@@ -90,6 +99,8 @@ def demo(json_path: Path | None, quiet: bool, **values: Any) -> None:
     except KeyboardInterrupt:
         click.echo(_interrupted(values["state"], values["server_urls"]), err=True)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who read it has read enough; click ends it without a word
+        raise
     except (ArealTrioError, OSError) as exc:
         raise click.ClickException(_one_line(exc)) from exc
 
@@ -105,7 +116,7 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def _run(quiet: bool, options: DemoOptions) -> DemoReport:
-    if not quiet:
+    if not quiet and sys.stdout is not None:  # as it is where the shell closed it: ``>&-``
         return run_demo(options, sys.stdout)
     with Path(os.devnull).open("w") as nowhere:
         return run_demo(options, nowhere)

@@ -28,7 +28,11 @@ PRIORITIES = ("eval", "train")
 CONCURRENCY_MAX = 2**23 - 1  # what the counters of admission hold
 BUDGET_MAX = 2**38  # half of what they hold of groups: it moves up with every version
 CAP_MAX = 2**20  # what the heap of servers holds
+# More answers to one prompt than the largest studies of repeated sampling take (10,000). A group is
+# taken whole: at this size ``submit`` keeps the event loop for 0.4 s, and at four times it for 5 s.
+GROUP_SIZE_MAX = 2**14
 COUNT_MAX = 2**48  # anything else: more is a mistake
+SECRET_SIZE = 8  # characters; a shorter word of a header is no key, and stands in other text too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,8 @@ class RolloutConfig:
         model: Name to put into requests; None asks the server.
         vocab_size: Token ids must be below it; None asks the server, and checks nothing where it
             does not say.
-        headers: Sent with every request (authentication); never logged.
+        headers: Sent with every request (authentication); never logged. Where a server's refusal
+            repeats a key of them, the error does not.
         server_headers: Further headers by server, which win over ``headers``; never logged. Servers
             that are added later may be named too.
         ca_file: Certificate authorities, in PEM, that https servers are checked against; None takes
@@ -341,6 +346,11 @@ class RolloutConfig:
             (name, value) for name, value in self.headers.items() if name.lower() not in lower
         )
         return (*shared, *own.items())
+
+    def secrets_of(self, server: str) -> tuple[str, ...]:
+        """Words of these headers that may be keys, none before one that it is a part of."""
+        words = {word for _, value in self.headers_of(server) for word in value.split()}
+        return tuple(sorted((w for w in words if len(w) >= SECRET_SIZE), key=len, reverse=True))
 
     def cap_of(self, server: str) -> int | None:
         """The cap configured for a server; None where the server is to be asked."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import trio
 
 from .asyncio_workflow import explain_asyncio
 from .errors import WorkflowError
+
+interruptible = trio.lowlevel.disable_ki_protection
+"""Decorator of a function that calls user code: Ctrl-C may interrupt it, as it may not us."""
 
 
 def what_ends_the_run(error: BaseException) -> BaseException | None:
@@ -21,11 +26,16 @@ def what_ends_the_run(error: BaseException) -> BaseException | None:
             rollouts that raised it is cancelled with the run.
     """
     ends: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
-    if trio.current_effective_deadline() == float("-inf"):
+    if is_cancelled_from_outside():
         ends = (KeyboardInterrupt, trio.Cancelled)
     if isinstance(error, BaseExceptionGroup):
         return error.subgroup(ends)
     return error if isinstance(error, ends) else None
+
+
+def is_cancelled_from_outside() -> bool:
+    """Whether the task that asks is cancelled by a scope that is still around it: by the run's."""
+    return trio.current_effective_deadline() == -inf
 
 
 def contained(error: BaseException, code: object) -> Exception:

@@ -106,12 +106,14 @@ class _Call(Generic[T]):
 
     def run_now(self, function: Callable[[], T], is_stopping: Callable[[], bool]) -> None:
         """Call a function that does not wait: that needs no task, and no turn of the loop."""
-        with self._answering_errors(is_stopping):
+        with self._answering_errors(is_stopping, BaseException):  # a SystemExit is the caller's too
             self._finish(outcome.Value(function()))
 
     @contextmanager
-    def _answering_errors(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
-        """Answer with an exception of the block.
+    def _answering_errors(
+        self, is_stopping: Callable[[], bool], kind: type[BaseException] = Exception
+    ) -> Iterator[None]:
+        """Answer with an exception of the block, if it is of this kind.
 
         It is no answer that the executor closed, if nobody asked it to: it died, and the run's end
         will say of what.
@@ -121,7 +123,7 @@ class _Call(Generic[T]):
         except RolloutClosed as exc:
             if is_stopping():
                 self._finish(outcome.Error(exc))
-        except Exception as exc:  # noqa: BLE001 - it is the caller's
+        except kind as exc:
             self._finish(outcome.Error(exc))
 
     def _finish(self, result: outcome.Outcome[T]) -> None:
@@ -145,8 +147,9 @@ class _Call(Generic[T]):
         self._give_back()
 
     def _give_back(self) -> None:
-        undo, self._undo = self._undo, None
-        if isinstance(self._result, outcome.Value) and undo is not None:
+        """Put the result back, once it is there: a task that was woken before ends all the same."""
+        if isinstance(self._result, outcome.Value) and self._undo is not None:
+            undo, self._undo = self._undo, None
             undo(self._result.value)
 
     def wait(self) -> T:
@@ -235,6 +238,7 @@ class RolloutController:
         thread = self._thread
         if thread is None or os.getpid() != self._pid:
             return
+        self._check_usable()
         self._closing = True  # where there is no trio side yet to be told
         self._post(self._stop.set)
         thread.join()
@@ -354,6 +358,11 @@ class RolloutController:
             raise UsageError(
                 "this process was forked from the one that opened the controller; use it there, "
                 "or open another one here"
+            )
+        if threading.current_thread() is self._thread:
+            raise UsageError(
+                "a workflow, a reward or a filter called the controller that runs it, which would "
+                "wait for itself for ever; use the engine that the workflow is given"
             )
         if self._thread is None:
             raise UsageError("enter the controller first: with RolloutController(config) as …")

@@ -474,7 +474,8 @@ class RemoteEngine:
         async with self.pool.stream(server, request, limits) as response:
             if not _is_event_stream(response.headers):  # a refusal, or a proxy that collects
                 body = b"".join([piece async for piece in response.chunks()])
-                return HttpResponse(response.status, response.headers, body)
+                whole = HttpResponse(response.status, response.headers, body)
+                return self.pool.without_keys(server, whole)
             try:
                 async for piece in response.chunks():
                     arrived.feed(piece)

@@ -24,7 +24,7 @@ from .errors import UsageError
 from .group_policy import GroupPolicy
 from .groups import AcceptFunction, GroupTask, WorkflowLike
 from .lateness import expired, is_older
-from .ledger import Ledger
+from .ledger import Ledger, LedgerStatistics
 from .loader import Prompt
 from .recording import Recording, open_recording
 from .results import ResultPool
@@ -108,7 +108,8 @@ class WorkflowExecutor(ServerFace):
             should_accept_fn: Given the accepted ``Group``; False rejects it. Or an import path.
             task_id: To ask for with ``wait_for_task``; None makes one.
             is_eval: Uses the servers, but no permit: evaluation never consumes staleness.
-            group_size: Rollouts of this prompt; the group is what settles and is delivered.
+            group_size: Rollouts of this prompt, 16,384 at most; the group is what settles and is
+                delivered.
             group_policy: What becomes of the group when a member does not succeed; None: all must.
 
         Returns:
@@ -327,7 +328,8 @@ class WorkflowExecutor(ServerFace):
         Raises:
             StopAsyncIteration: The loader is exhausted, and everything was delivered.
             TooManyFailures: ``max_consecutive_failures`` groups failed in a row, with the causes;
-                or ``max_consecutive_rejections`` were rejected.
+                or ``max_consecutive_rejections`` were rejected; or an epoch ended without a batch
+                because its groups failed.
             StalenessBudgetExhausted: If no batch can be had before the next version.
             UsageError: For another loader while prompts of the last one are under way.
             LedgerError: If what happened can not be made durable; nothing is delivered meanwhile.
@@ -440,6 +442,14 @@ class WorkflowExecutor(ServerFace):
         if self._recording is None:
             raise UsageError("no ledger is kept: name its file with ledger_path in the config")
         return self._recording
+
+    def ledger_statistics(self) -> LedgerStatistics:
+        """The ledger's numbers at this moment: what was restored, and what is to be trimmed.
+
+        Raises:
+            UsageError: If no ledger is kept.
+        """
+        return self.recording.ledger.statistics()
 
     async def begin(self) -> None:
         """Decide where a run with a ledger goes on, if that is not decided; see ``recover``."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from .containment import contained, what_ends_the_run
+from .containment import contained, interruptible, what_ends_the_run
 from .engine import RemoteEngine
 from .errors import WorkflowError
 from .group_policy import AfterMember, GroupPolicy
-from .loader import Prompt
 from .rollout_engine import RolloutEngine
 from .rows import rows_from_result
 from .settlement import Failure, RolloutResult, classify
@@ -60,7 +59,7 @@ class GroupTask:
 
     Args:
         task_id: Unique among what is queued or running.
-        data: The prompt, as the workflow gets it.
+        data: The prompt, as its workflow gets it.
         workflow: Runs one member.
         should_accept: The filter, given the whole group.
         size: Members.
@@ -71,7 +70,7 @@ class GroupTask:
     """
 
     task_id: str
-    data: Prompt
+    data: dict[str, Any]
     workflow: RolloutWorkflow
     should_accept: AcceptFunction | None
     size: int
@@ -201,8 +200,9 @@ def judge(group: GroupTask) -> tuple[Group | None, Verdict]:
     return None, REJECTED
 
 
+@interruptible
 def accepts(group: Group, should_accept: AcceptFunction | None) -> bool:
-    """Ask the filter.
+    """Ask the filter, which Ctrl-C may interrupt, as all user code.
 
     Raises:
         WorkflowError: If it answers neither True nor False.

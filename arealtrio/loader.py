@@ -40,6 +40,11 @@ class LoaderFeed:
         return self._iterator is not None
 
     @property
+    def resumed(self) -> bool:
+        """Whether some of it was taken in an earlier life of the run."""
+        return False
+
+    @property
     def exhausted(self) -> bool:
         """Whether no prompt is left."""
         return self._ended and not self._ahead

@@ -1,4 +1,4 @@
-"""Adapters that nobody uses any more are unloaded, in the background."""
+"""Adapters on one server: loaded there, and unloaded in the background when nobody uses them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,35 @@ from .servers import IN_SERVICE, Server, ServerPool, ServerState
 logger = logging.getLogger(__name__)
 
 MAY_HAVE_IT = (*IN_SERVICE, ServerState.STALE, ServerState.DRAINING)
+
+
+async def load_adapter(pool: ServerPool, server: Server, adapter: Adapter) -> None:
+    """Load an adapter on a server, in the place of whatever it has under that name.
+
+    SGLang refuses a name that it has, and keeps what has it: the adapter of a run before this one,
+    or of an update that reached too few servers. That is unloaded first. SGLang waits with it until
+    no request of its own uses it, so what it runs is returned.
+
+    Cut short, it leaves a server that may have neither out of service, until it has what it lost.
+
+    Raises:
+        RolloutError: If the server did not confirm it.
+    """
+    request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
+    limits = pool.config.control_limits(pool.config.update_timeout_s)
+    response = await pool.send(server, request, limits)
+    if not pool.dialect.has_adapter(response):
+        pool.dialect.parse_control(response)
+        return
+    unload = pool.dialect.unload_adapter(adapter.served_name)
+    try:
+        async with pool.pausing.paused("abort", [server]):
+            for again in (unload, request):
+                await pool.control(server, again, pool.config.update_timeout_s)
+    except BaseException:
+        server.version = 0  # it has not all that its version stands for
+        pool.mark_stale(server, f"its {adapter.served_name} was to be replaced")
+        raise
 
 
 async def unload_retired(pool: ServerPool) -> None:

@@ -7,13 +7,20 @@ runs something, or to take back what it has.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import trio
 
 from .errors import ProtocolError, RequestRejected, RolloutError, TransportError, UsageError
 from .servers import Server, ServerPool
+
+logger = logging.getLogger(__name__)
+
+RESTARTED_ASLEEP: Final = "it was restarted while it slept"
 
 
 class Memory:
@@ -39,8 +46,8 @@ class Memory:
         """Put every server to sleep; generations wait, with the tokens they have.
 
         What a server runs is returned first, and goes on after ``onload``: the cache that it could
-        have kept is gone in any case. Said twice, it does nothing the second time. Rollouts go on
-        waiting against their deadlines.
+        have kept is gone in any case. Said again, it puts to sleep what was woken meanwhile, by an
+        update or ``onload``. Rollouts go on waiting against their deadlines.
 
         Where weights do not survive (vLLM without ``keep_weights``; SGLang unless it runs with
         ``--enable-weights-cpu-backup``), a server returns with the next update, or when the last
@@ -101,18 +108,42 @@ class Memory:
         async with self._lock:
             return await self._wake_all(tags)
 
+    async def close(self) -> None:
+        """Wake what sleeps at the end of a run, cancelled or not; nobody does so after that.
+
+        A server is given up that confirms nothing for ``close_timeout_s``. Each that is left asleep
+        is named in a warning, and each that is awake generates again.
+        """
+        limit_s = self._pool.config.close_timeout_s
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                for address, error in (await self._wake(limit_s=limit_s)).items():
+                    logger.warning("%s may be left asleep, restart it: %s", address, error)
+                with trio.move_on_after(limit_s):
+                    await self._pool.pausing.resume_held()
+                await self._end_pause()  # which sends nothing now
+
     async def _wake_all(self, tags: Sequence[str] | None = None) -> dict[str, str]:
+        failed = await self._wake(tags)
+        self._put_to_sleep = dict.fromkeys(s for s in self._put_to_sleep if s.asleep)
+        if not self._put_to_sleep:
+            await self._end_pause()
+        return failed
+
+    async def _wake(
+        self, tags: Sequence[str] | None = None, limit_s: float = math.inf
+    ) -> dict[str, str]:
         failed: dict[str, str] = {}
         async with trio.open_nursery() as nursery:
             for server in self._put_to_sleep:
                 if server.asleep:
-                    nursery.start_soon(_attempt_wake, self._pool, server, tags, failed)
-        self._put_to_sleep = dict.fromkeys(s for s in self._put_to_sleep if s.asleep)
-        if not self._put_to_sleep:
-            pause, self._pause = self._pause, None
-            if pause is not None:
-                await pause.aclose()
+                    nursery.start_soon(_attempt_wake, self._pool, server, tags, failed, limit_s)
         return failed
+
+    async def _end_pause(self) -> None:
+        pause, self._pause = self._pause, None
+        if pause is not None:
+            await pause.aclose()
 
     @asynccontextmanager
     async def offloaded(
@@ -143,8 +174,6 @@ async def _attempt_sleep(
     pool: ServerPool, server: Server, keep_weights: bool, failed: dict[str, str]
 ) -> None:
     async with server.control_lock:
-        if server.asleep:
-            return
         try:
             await _sleep(pool, server, keep_weights)
         except RolloutError as exc:
@@ -152,47 +181,88 @@ async def _attempt_sleep(
 
 
 async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
-    """Put one server to sleep. Where no answer tells, it is taken to sleep: it has to be woken."""
+    """Put to sleep what is awake of a server. Where no answer tells, it is taken to sleep.
+
+    Then it has to be woken.
+    """
     dialect = pool.dialect
-    server.asleep = set(dialect.memory_tags)
+    if not await rouse(pool, server):
+        _note_restart(pool, server)
+    await _label(pool, server)
+    awake = [tag for tag in dialect.memory_tags if tag not in server.asleep]
+    if not awake:
+        return
+    request = dialect.sleep(awake, keep_weights=keep_weights)
+    if request is None:
+        raise RolloutError(f"it can not let go of its {' and '.join(awake)} alone")
+    server.asleep.update(awake)
     try:
-        request = dialect.sleep(keep_weights=keep_weights)
         await pool.control(server, request, pool.config.update_timeout_s)
     except RequestRejected:
-        server.asleep = set()
+        server.asleep.difference_update(awake)
         raise
     except TransportError as exc:
         if not exc.request_sent:
-            server.asleep = set()
+            server.asleep.difference_update(awake)
         raise
     survive = dialect.weights_survive_sleep and keep_weights
     if not survive and not server.info.weights_backed_up:
         server.frozen = server.tainted = True  # and out of service when it wakes without an update
 
 
+def _note_restart(pool: ServerPool, server: Server) -> None:
+    pool.mark_stale(server, RESTARTED_ASLEEP)
+    server.labelled = server.label_seen = False
+    server.version = 0
+    server.tainted = server.loading
+
+
+async def _label(pool: ServerPool, server: Server) -> None:
+    """Label a server that has no label, since it was restarted.
+
+    Without one it could not be told from the process after it, which is awake: after a waking that
+    was not confirmed it would be asked for a restart again and again.
+    """
+    if server.labelled:
+        return
+    await pool.label(server, server.version)
+    if server.labelled:
+        server.base_version = server.version
+
+
 async def _attempt_wake(
-    pool: ServerPool, server: Server, tags: Sequence[str] | None, failed: dict[str, str]
+    pool: ServerPool,
+    server: Server,
+    tags: Sequence[str] | None,
+    failed: dict[str, str],
+    limit_s: float,
 ) -> None:
-    async with server.control_lock:
-        try:
-            await _check_not_restarted(pool, server)
-            for tag in pool.dialect.memory_tags:
-                if tags is None or tag in tags:
-                    await wake(pool, server, tag)
-            if server.tainted and not server.asleep:
-                pool.mark_stale(server, "its weights did not survive its sleep")
-        except RolloutError as exc:
-            failed[server.address] = str(exc)
-            server.unwoken |= dict.fromkeys(server.asleep, False)
-            server.asleep = set()
-            await pool.pausing.freeze(server, f"not woken: {exc}")
+    """Wake a server; give it up when it confirms nothing for so long."""
+    with trio.move_on_after(limit_s) as scope:
+        async with server.control_lock:
+            try:
+                await _check_not_restarted(pool, server)
+                for tag in pool.dialect.memory_tags:
+                    if tags is None or tag in tags:
+                        scope.deadline = trio.current_time() + limit_s
+                        await wake(pool, server, tag)
+                if server.tainted and not server.asleep:
+                    pool.mark_stale(server, "its weights did not survive its sleep")
+            except RolloutError as exc:
+                failed[server.address] = str(exc)
+                server.unwoken |= dict.fromkeys(server.asleep, False)
+                server.asleep = set()
+                await pool.pausing.freeze(server, f"not woken: {exc}")
+    if scope.cancelled_caught:
+        failed[server.address] = f"it confirmed nothing for {limit_s:g} s"
+        server.frozen = True
 
 
 async def _check_not_restarted(pool: ServerPool, server: Server) -> None:
     """Raise for a server that was restarted: another process, which let go of nothing."""
     if await _was_restarted(pool, server):
         server.asleep = set()
-        raise ProtocolError("it was restarted while it slept")
+        raise ProtocolError(RESTARTED_ASLEEP)
 
 
 async def _was_restarted(pool: ServerPool, server: Server) -> bool:
@@ -226,17 +296,23 @@ async def wake(pool: ServerPool, server: Server, tag: str) -> None:
     del server.unwoken[tag]
 
 
-async def rouse(pool: ServerPool, server: Server) -> None:
-    """Wake what a server did not confirm to have taken back, before it is used again.
+async def rouse(pool: ServerPool, server: Server) -> bool:
+    """Wake what a server did not confirm to have taken back, before anything else is woken.
+
+    Returns:
+        Whether it is the process that was put to sleep. Another has let go of nothing.
 
     Raises:
         RolloutError: If it did not confirm that either; or may not be asked, as it may be awake.
     """
-    if not server.unwoken:
-        return
+    if not server.asleep and not server.unwoken:
+        return True
     if await _was_restarted(pool, server):
+        server.asleep.clear()
         server.unwoken.clear()
-        return
+        return False
+    if not server.unwoken:
+        return True
     known = server.labelled and not any(server.unwoken.values())
     if not known and not pool.dialect.wakes_twice:
         raise RolloutError(
@@ -247,3 +323,4 @@ async def rouse(pool: ServerPool, server: Server) -> None:
         if tag in server.unwoken:
             server.asleep.add(tag)
             await wake(pool, server, tag)
+    return True

@@ -202,11 +202,12 @@ class Pausing:
         A vLLM whose update failed answers the next generation with 500 and exits, so it must not
         generate once more: its requests are returned with the tokens they have, and it stays
         paused until a load succeeds. Where that can not be asked, its requests are cut off.
-        Bounded by ``abort_timeout_s``; never raises for the server.
+        Bounded by ``abort_timeout_s``, and goes on so long under cancellation, too: nobody resumes
+        such a server, so what a pause froze on it would wait for ever. Never raises for the server.
         """
         server.frozen = server.tainted = True
         self._fleet.mark_stale(server, reason)
-        with self._brief.bounded(), suppress(RolloutError):
+        with self._brief.bounded(shield=True), suppress(RolloutError):
             await self.halt(server, self._config.abort_timeout_s)
             return
         server.cut_off()

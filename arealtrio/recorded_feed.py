@@ -113,6 +113,11 @@ class RecordedFeed(LoaderFeed):
         self._encoded: deque[tuple[str, bytes]] = deque()  # of what is ahead
         self._fresh: list[tuple[str, bytes]] = []  # of what was popped last
 
+    @property
+    def resumed(self) -> bool:
+        """See ``LoaderFeed.resumed``."""
+        return bool(self._taken)
+
     def read(self, count: int) -> None:
         """See ``LoaderFeed.read``.
 

@@ -3,23 +3,24 @@
 Every decision (who starts, how a group ends, who is woken) is a synchronous function of this
 object's state; only ``_run_member`` and the waits suspend. So there is no lock, and nothing is
 polled: whatever changes the state calls ``_changed``, which starts what may start and wakes who can
-go on.
+go on. Ctrl-C comes between two such steps and never within one: half a step is counted for ever.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from .admission import Admission
 from .config import RolloutConfig
-from .containment import contained, what_ends_the_run
+from .containment import contained, is_cancelled_from_outside, what_ends_the_run
 from .delivery import PermitOrder
 from .engine import RemoteEngine
-from .errors import DeadlineExceeded, RolloutClosed
+from .errors import DeadlineExceeded, RolloutClosed, WorkflowError
 from .failures import FailureBudget
 from .groups import CANCELLED, GroupTask, Verdict, judge
 from .lateness import is_bounded, is_older, outdated, straggler
@@ -89,6 +90,10 @@ class RolloutNursery:
         """Evaluation groups by where they are."""
         return self._admission.eval_counts
 
+    def rollout_counts(self) -> Mapping[str, int]:
+        """Training groups by where they are: submitted, queued, running, and each outcome."""
+        return self.counts.as_dict()
+
     def get_version(self) -> int:
         """The weight version that every server in service has."""
         return self.engine.get_version()
@@ -121,6 +126,7 @@ class RolloutNursery:
 
     # --- starting --------------------------------------------------------------------------------
 
+    @enable_ki_protection
     def _enqueue(self, groups: Iterable[GroupTask]) -> None:
         if self._watch is not None and not self.counts.submitted % 16:  # a look now and then
             self._watch.called()
@@ -130,6 +136,7 @@ class RolloutNursery:
             self._alarm.arm()
         self._pump()
 
+    @enable_ki_protection
     def _pump(self) -> None:
         """Start every member that may start. The only place where a rollout begins."""
         while not self._closed and (member := self._admission.next_member(self.engine)):
@@ -164,6 +171,8 @@ class RolloutNursery:
             error = contained(exc, group.workflow)
             verdict = Verdict(Outcome.FAILED, Failure(classify(error), error, index))
         finally:
+            if verdict.outcome is not Outcome.ACCEPTED and is_cancelled_from_outside():
+                self.close()  # first: what a workflow makes of that is no failure of the prompt's
             self._member_ended(group, index, verdict)
             if watch is not None:
                 watch.between_steps()
@@ -173,6 +182,7 @@ class RolloutNursery:
         error = DeadlineExceeded(f"the rollout did not settle within rollout_timeout_s={limit:g}")
         return Verdict(Outcome.EXPIRED, Failure(FailureKind.INFRASTRUCTURE, error, index))
 
+    @enable_ki_protection
     def _member_ended(self, group: GroupTask, index: int, verdict: Verdict) -> None:
         group.member_ended(index, verdict)
         self._admission.member_ended(group)
@@ -193,7 +203,7 @@ class RolloutNursery:
             self.close()
             raise
         if accepted is not None and group.is_batched and self._is_outdated(accepted):
-            verdict = outdated(accepted, self.get_version())
+            verdict = self._too_old(group, accepted)
             accepted = None
         if accepted is None and not self._closed and self._begin_again(group, verdict):
             self._changed()
@@ -243,6 +253,7 @@ class RolloutNursery:
             return
         self._failures.record(verdict.failure.error if verdict.failure is not None else None)
 
+    @enable_ki_protection
     def _cancel(self, group: GroupTask) -> None:
         """Withdraw a group; harmless once it has settled."""
         if group.task_id not in self._live:
@@ -257,6 +268,21 @@ class RolloutNursery:
     def _is_outdated(self, group: Group) -> bool:
         """Whether no batch may hold this group any more."""
         return self._is_bounded and is_older(group, self._oldest())
+
+    def _too_old(self, task: GroupTask, group: Group) -> Verdict:
+        """How a group ends that is too old although it was made well, if it was.
+
+        No server's token is older than the version that its rollout started in: what is comes from
+        the workflow, and would come again, from every prompt and for ever.
+        """
+        if task.permit is None or task.permit.version < self._oldest():
+            return outdated(group, self.get_version())
+        error = WorkflowError(
+            f"it returned a token of version {group.head_version}, from before it started (in "
+            f"{task.permit.version}) and too old for any batch: give rows the versions of the "
+            "responses they are made of"
+        )
+        return Verdict(Outcome.FAILED, Failure(FailureKind.WORKFLOW, error))
 
     def _stop_stragglers(self) -> None:
         """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""
@@ -307,6 +333,7 @@ class RolloutNursery:
         if self._closed:
             raise _closed_error()
 
+    @enable_ki_protection
     def close(self) -> None:
         """Wake every waiter, settle what is queued as cancelled, cancel what runs. Idempotent."""
         if self._closed:

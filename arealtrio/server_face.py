@@ -1,4 +1,4 @@
-"""ServerFace: what a trainer may do to the servers while rollouts run on them."""
+"""ServerFace: what a trainer may ask of the servers, and do to them, while rollouts run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from .rollouts import RolloutNursery
+from .servers import ServerStatistics
+from .types import PauseMode
 from .weights import WeightsGroup, init_weights_group
 
 
 class ServerFace(RolloutNursery):
-    """The nursery, and the servers under it by name: membership, caps, sleep, process groups.
+    """The nursery, and the servers under it: numbers, membership, caps, pauses, sleep, groups.
 
     All of it is the engine's; after close it raises RolloutClosed.
     """
+
+    def statistics(self) -> tuple[ServerStatistics, ...]:
+        """Every server's numbers at this moment."""
+        self._check_open()
+        return self.engine.statistics()
+
+    async def health(self) -> dict[str, str | None]:
+        """Ask every server whether it is alive: address to None, or to what is wrong."""
+        self._check_open()
+        return await self.engine.pool.health()
 
     def add_server(self, address: str, cap: int | None = None) -> None:
         """Add a server, and return at once; it takes requests when it is up and has the weights.
@@ -58,6 +70,14 @@ class ServerFace(RolloutNursery):
         """
         self._check_open()
         await self.engine.pool.wait_ready(timeout_s)
+
+    def paused(self, mode: PauseMode = "keep") -> AbstractAsyncContextManager[dict[str, str]]:
+        """Stop generation on every server for the length of an ``async with`` block.
+
+        See ``Pausing.paused``.
+        """
+        self._check_open()
+        return self.engine.paused(mode)
 
     async def init_weights_group(
         self, group: WeightsGroup, join: Callable[[], Awaitable[object]] | None = None

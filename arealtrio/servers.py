@@ -30,6 +30,7 @@ from .transport import StreamedResponse, Transport
 from .types import HttpRequest, HttpResponse, TimeLimits
 from .waiting import BriefWaits
 from .wire.dialect import Dialect, ServerLoad
+from .wire.status import masked
 
 __all__ = [
     "IN_SERVICE",
@@ -379,13 +380,20 @@ class ServerPool:
         Raises:
             TransportError: If no whole answer arrived.
         """
-        return await self._transport.request(
+        response = await self._transport.request(
             server.address,
             request,
             limits,
             headers=self.config.headers_of(server.address),
             size_bytes_max=self.config.response_size_bytes,
         )
+        return self.without_keys(server, response)
+
+    def without_keys(self, server: Server, response: HttpResponse) -> HttpResponse:
+        """An answer as it is, but that a refusal repeats no key that was sent to the server."""
+        if response.status < 400:
+            return response
+        return masked(response, self.config.secrets_of(server.address))
 
     def stream(
         self, server: Server, request: HttpRequest, limits: TimeLimits

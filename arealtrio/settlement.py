@@ -1,56 +1,17 @@
-"""How a group of rollouts ends: exactly one outcome, exactly once, with its reason."""
+"""How a group of rollouts ends: exactly one outcome, exactly once, with its reason.
+
+The records of it lie deeper, because groups and batches hold them; their names are public here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from .errors import InvalidRequest, RequestRejected, RolloutError, WorkflowError
-from .trajectory import Group
-from .types import FailureKind, Outcome
+from .trajectory import RolloutResult
+from .types import Failure, FailureKind, Outcome
 
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a group failed or expired.
-
-    Args:
-        kind: Whose failure it was.
-        error: The exception itself, with its traceback.
-        member_index: Of the member that failed first; None where the whole group did (its filter).
-    """
-
-    kind: FailureKind
-    error: Exception
-    member_index: int | None = None
-
-    def __str__(self) -> str:
-        where = "" if self.member_index is None else f" in member {self.member_index}"
-        return f"{self.kind.value} failure{where}: {type(self.error).__name__}: {self.error}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RolloutResult:
-    """What became of one submitted group. Every submission has exactly one.
-
-    Args:
-        task_id: As returned by ``submit``.
-        prompt_id: Of the prompt in its data loader.
-        outcome: How it ended.
-        group: Its trajectories, where it was accepted.
-        failure: Why, where it failed or expired.
-        member_failures: Of members, in the order they happened; an accepted group may have some,
-            where its policy went on without them or ran them again.
-        number: Its permit's number; None where it never had one (evaluation, or cancelled before).
-    """
-
-    task_id: str
-    prompt_id: str
-    outcome: Outcome
-    group: Group | None = None
-    failure: Failure | None = None
-    member_failures: tuple[Failure, ...] = ()
-    number: int | None = None
+__all__ = ["Failure", "RolloutCounts", "RolloutResult", "classify"]
 
 
 def classify(error: BaseException) -> FailureKind:

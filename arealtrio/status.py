@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .groups import GroupTask
 
 LISTED = 40  # members in a printed table; what is oldest comes first
+WIDTH = 80  # columns
+NAME_WIDTH = 44  # columns that a rollout gets at most: a UUID, and which member
+INDENT = 8 * " "  # of a line that goes on
 
 
 class Stage(enum.Enum):
@@ -48,10 +52,21 @@ class MemberStatus:
     tokens: int = 0
 
     def __str__(self) -> str:
-        where = f"{self.server or ''}" + (f" v{self.version}" if self.server else "")
-        name = f"{self.task_id}[{self.member_index}]{' eval' if self.is_eval else ''}"
-        tokens, stage = f"{self.tokens:8d}", f"{self.stage.value:20}"
-        return f"{name[:21]:21} {stage} {self.age_s:8.1f} {tokens} {where[:19]}".rstrip()
+        return f"{self._name}: {self._doing}, {self.age_s:.1f} s, {self.tokens} tokens"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.task_id}[{self.member_index}]{' eval' if self.is_eval else ''}"
+
+    @property
+    def _doing(self) -> str:
+        if self.server is None:
+            return self.stage.value
+        return f"{self.stage.value} on {self.server.removeprefix('http://')} (v{self.version})"
+
+    @property
+    def _cells(self) -> tuple[str, str, str, str]:
+        return self._name, f"{self.age_s:.1f}", str(self.tokens), self._doing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +134,36 @@ class ExecutorStatus:
         return sum(member.stage is stage for member in self.members)
 
     def __str__(self) -> str:
-        return "\n".join(line[:80] for line in self._lines())
+        return "\n".join(map(_wrapped, self._lines()))
 
     def _lines(self) -> Iterator[str]:
-        stages = ", ".join(f"{self.count(stage)} {stage.value}" for stage in Stage)
-        yield f"{len(self.members)} rollouts: {stages}"
+        counts = ((self.count(stage), stage.value) for stage in Stage)
+        stages = ", ".join(f"{count} {stage}" for count, stage in counts if count)
+        rollouts = f"{len(self.members)} rollout{'' if len(self.members) == 1 else 's'}"
+        yield f"{rollouts}: {stages}" if stages else rollouts
         yield f"nothing settled for {self.quiet_s:.1f} s"
         for block in self.admission.blocked_by or ("nothing",):
             yield f"admission is blocked by {block}"
         started = [member for member in self.members if member.stage is not Stage.QUEUED]
         if started:
-            yield f"{'rollout':21} {'stage':20} {'age/s':>8} {'tokens':>8} server"
-        yield from map(str, started[:LISTED])
+            yield from _table([HEAD, *(member._cells for member in started[:LISTED])])
         if len(started) > LISTED:
             yield f"… and {len(started) - LISTED} younger ones"
+
+
+HEAD = ("rollout", "age/s", "tokens", "stage")
+
+
+def _table(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
+    """Columns as wide as they need to be; the last one is as long as it is."""
+    name, age, tokens, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for row in rows:
+        yield f"{row[0]:{min(name, NAME_WIDTH)}} {row[1]:>{age}} {row[2]:>{tokens}} {row[3]}"
+
+
+def _wrapped(line: str) -> str:
+    """Over several lines where it is too long: a name that is cut may be another's."""
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False))
 
 
 def members_of(groups: Iterable[GroupTask], now: float) -> tuple[MemberStatus, ...]:

@@ -1,4 +1,4 @@
-"""What a rollout gives the trainer: accepted groups, and batches of them as arrays.
+"""What rollouts give the trainer: accepted groups, results, and batches of groups as arrays.
 
 The rows themselves are built in ``rows``, and its names are public here.
 """
@@ -19,12 +19,21 @@ from ._core import collate
 from .errors import ConfigError, UsageError, WorkflowError
 from .rows import RowBuilder, check_extra_names, rows_from_result, trajectory_from_response
 from .to_torch import to_torch
-from .types import INT32_MAX, PROMPT_VERSION, Float32Array, Int32Array, Trajectory
+from .types import (
+    INT32_MAX,
+    PROMPT_VERSION,
+    Failure,
+    Float32Array,
+    Int32Array,
+    Outcome,
+    Trajectory,
+)
 
 __all__ = [
     "Batch",
     "CollateBuffers",
     "Group",
+    "RolloutResult",
     "RowBuilder",
     "rows_from_result",
     "trajectory_from_response",
@@ -53,7 +62,7 @@ class Group:
         members: The rows of each member, in the members' order. A member may have several rows, or
             none where it was rejected alone; the group has at least one.
         member_failures: What members failed of that the group's policy went on without or ran
-            again, in the order they did; the executor's ``Failure`` records.
+            again, in the order they did.
     """
 
     number: int
@@ -61,7 +70,7 @@ class Group:
     prompt_id: str
     task_id: str
     members: tuple[tuple[Trajectory, ...], ...]
-    member_failures: tuple[Any, ...] = ()
+    member_failures: tuple[Failure, ...] = ()
     _span: tuple[int, int] | None = field(init=False, repr=False)  # of its generated tokens
 
     def __post_init__(self) -> None:
@@ -81,7 +90,7 @@ class Group:
         permit_version: int,
         prompt_id: str,
         task_id: str,
-        member_failures: tuple[Any, ...] = (),
+        member_failures: tuple[Failure, ...] = (),
     ) -> Self:
         """Return a group whose rows carry its ``prompt_id`` and their ``member_index``.
 
@@ -182,6 +191,30 @@ class CollateBuffers:
         self._next = (self._next + 1) % len(self._places)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutResult:
+    """What became of one submitted group. Every submission has exactly one.
+
+    Args:
+        task_id: As returned by ``submit``.
+        prompt_id: Of the prompt in its data loader.
+        outcome: How it ended.
+        group: Its trajectories, where it was accepted.
+        failure: Why, where it failed or expired.
+        member_failures: Of members, in the order they happened; an accepted group may have some,
+            where its policy went on without them or ran them again.
+        number: Its permit's number; None where it never had one (evaluation, or cancelled before).
+    """
+
+    task_id: str
+    prompt_id: str
+    outcome: Outcome
+    group: Group | None = None
+    failure: Failure | None = None
+    member_failures: tuple[Failure, ...] = ()
+    number: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Exactly what one training step consumes: whole groups, in order.
@@ -189,15 +222,15 @@ class Batch:
     Args:
         groups: The accepted groups.
         version: The consuming version: the trainer's weights before this step.
-        failures: The records of what settled otherwise since the batch before, as the executor
-            writes them; the newest, where they are very many.
+        failures: The results of what settled otherwise since the batch before; the newest, where
+            they are very many.
         failures_omitted: How many older ones ``failures`` does not hold.
         number: Of this batch in the ledger, from 0; None where none is kept.
     """
 
     groups: tuple[Group, ...]
     version: int
-    failures: tuple[Any, ...] = ()
+    failures: tuple[RolloutResult, ...] = ()
     failures_omitted: int = 0
     number: int | None = None
 

@@ -423,6 +423,25 @@ class FailureKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a group failed or expired.
+
+    Args:
+        kind: Whose failure it was.
+        error: The exception itself, with its traceback.
+        member_index: Of the member that failed first; None where the whole group did (its filter).
+    """
+
+    kind: FailureKind
+    error: Exception
+    member_index: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.member_index is None else f" in member {self.member_index}"
+        return f"{self.kind.value} failure{where}: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
 class HttpRequest:
     """A request as pure data; who sends it, to which server, is not its business.
 

@@ -61,12 +61,14 @@ class RolloutWorkflow(Protocol):
     """
 
     @abstractmethod
-    async def arun_episode(self, engine: Engine, data: Mapping[str, Any], /) -> WorkflowResult:
+    async def arun_episode(self, engine: Engine, data: dict[str, Any], /) -> WorkflowResult:
         """Run one rollout.
 
         Args:
             engine: Generates.
-            data: What the data loader gave for this prompt.
+            data: What the data loader gave for this prompt; of another mapping a dict is made. The
+                members of a group share it, and a rollout that is run again gets it once more, so
+                leave it as it is. A workflow of one's own may ask for a ``Mapping`` instead.
 
         Returns:
             A Trajectory, a non-empty sequence of them, AReaL's dict of [batch, seq] arrays, or None

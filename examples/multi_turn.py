@@ -12,12 +12,17 @@ from typing import Any
 
 import trio
 
-from arealtrio import GenerationHyperparameters, ModelRequest, RolloutConfig, open_executor
+from arealtrio import (
+    Engine,
+    GenerationHyperparameters,
+    ModelRequest,
+    RolloutConfig,
+    RowBuilder,
+    Trajectory,
+    open_executor,
+)
 from arealtrio.embedded.model import TinyModel
 from arealtrio.embedded.serve import ServerSettings, running_server
-from arealtrio.trajectory import RowBuilder
-from arealtrio.types import Trajectory
-from arealtrio.workflow import Engine
 
 HIGHER, LOWER = 30, 31  # the tool's two tokens; the guess is a number below 30
 ONE_TOKEN = GenerationHyperparameters(max_new_tokens=1, ignore_eos=True)

@@ -59,6 +59,7 @@ def run_demo(options: DemoOptions, out: TextIO) -> DemoReport:
         else:
             out.write("this run has finished; to begin anew, choose another directory\n")
     out.writelines(f"{line}\n" for line in report.lines())
+    out.flush()  # an error of a pipe is one of this run, not of the interpreter's end
     return report
 
 

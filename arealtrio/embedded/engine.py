@@ -245,8 +245,9 @@ class Engine:
         self._changed()
 
     async def sleep(self) -> None:
-        """Stop as for ``pause("abort")`` and let go of all ``MEMORY``."""
-        self.asleep.update(MEMORY)
+        """Stop as for ``pause("abort")`` and let go of ``MEMORY``, unless the weights sleep."""
+        if "weights" not in self.asleep:
+            self.asleep.update(MEMORY)
         await self.pause("abort")
 
     def wake_up(self, tags: SequenceOf[str] | None = None) -> None:

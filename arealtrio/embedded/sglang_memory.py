@@ -20,11 +20,14 @@ def release(front: Frontend, weights: Weights, body: Memory) -> None:
     """Release memory; only an idle server may.
 
     Raises:
-        SglangError: Something runs. A real server dies of that.
+        SglangError: Something runs, or a tag was released before. A real server dies of that.
     """
     if not weights.can_flush():
         raise front.fatal("release_memory_occupation should be called only when server is idle.")
-    front.released.update(body.tags or TAGS)
+    tags = set(body.tags or TAGS)
+    if again := tags & front.released:
+        raise front.fatal(f"released before: {', '.join(sorted(again))}")
+    front.released |= tags
 
 
 def resume(front: Frontend, body: Memory) -> None:

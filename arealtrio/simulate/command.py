@@ -107,12 +107,13 @@ def command(
     _check_lengths(context, axes)
     _check_places(plot, json_path)
     outputs = _Outputs(plot, json_path, quiet or json_path == _STDOUT)
-    terminal = sys.stderr.fileno() if not quiet and sys.stderr.isatty() else None
-    comparison = Comparison(_settings(values, axes), Progress(terminal))
+    comparison = Comparison(_settings(values, axes), Progress(None if quiet else _terminal()))
     try:
         with _leaving_at_once(lambda: _interrupted(comparison, outputs)):
             comparison.run()
         outputs.write(comparison.settings)
+    except BrokenPipeError:  # who read it has read enough; click ends it without a word
+        raise
     except (ArealTrioError, OSError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
 
@@ -162,6 +163,10 @@ def _answers(values: Mapping[str, Any]) -> Answers:
 
 def _check_places(plot: Path | None, json_path: Path | None) -> None:
     """Find out before minutes of work, not after."""
+    if json_path == _STDOUT and sys.stdout is None:
+        raise click.BadParameter("there is no standard output", param_hint="--json")
+    if json_path == Path():
+        raise click.BadParameter("the name of a file is not empty", param_hint="--json")
     for path, option in ((plot, "--plot"), (json_path, "--json")):
         if path is not None and path != _STDOUT and not os.path.isdir(path.parent):
             raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)
@@ -214,7 +219,6 @@ def _interrupted(comparison: Comparison, outputs: _Outputs) -> None:
     comparison.progress.clear()
     click.echo(f"interrupted in setting {comparison.done + 1} of {len(settings)}", err=True)
     outputs.write(settings)
-    sys.stdout.flush()
 
 
 # --- outcomes to wherever they are wanted --------------------------------------------------------
@@ -227,25 +231,43 @@ class _Outputs:
     quiet: bool
 
     def write(self, settings: Sequence[Setting]) -> None:
+        try:
+            self._print(settings)
+        finally:  # also when nobody reads what is printed
+            self._save(settings)
+
+    def _print(self, settings: Sequence[Setting]) -> None:
+        if self.json_path == _STDOUT:
+            click.echo(_json_text(settings), nl=False)
         if not self.quiet:
             for line in lines(settings, plain=not _takes_blocks()):
                 click.echo(line)
-        if self.json_path is not None:
-            text = json.dumps(as_json(settings), indent=2) + "\n"
-            self._write_json(self.json_path, text)
+
+    def _save(self, settings: Sequence[Setting]) -> None:
+        if self.json_path is not None and self.json_path != _STDOUT:
+            self.json_path.write_text(_json_text(settings))
         if self.plot is not None:
             _draw()(settings, self.plot)
 
-    @staticmethod
-    def _write_json(path: Path, text: str) -> None:
-        if path == _STDOUT:
-            click.echo(text, nl=False)
-        else:
-            path.write_text(text)
+
+def _json_text(settings: Sequence[Setting]) -> str:
+    return json.dumps(as_json(settings), indent=2) + "\n"
+
+
+# Where the shell has closed one of them, as by ``>&-``, Python has None in its place.
+
+
+def _terminal() -> int | None:
+    """The descriptor of standard error, if that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    return sys.stderr.fileno()
 
 
 def _takes_blocks() -> bool:
     """Whether standard output can show what bars are made of."""
+    if sys.stdout is None:
+        return False
     try:
         "█▏▁·".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +22,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = "osD^vPX"
 STROKES = ("-", "--", "-.", ":")
 _BINS = 16
+_TITLE = 84  # characters of a line
+_KINDS = 14  # of servers, with a bar each
 
 Done: TypeAlias = tuple[Setting, Outcome]
 
@@ -50,16 +53,23 @@ def draw(settings: Sequence[Setting], path: Path) -> None:
 
 
 def _one(figure: Figure, setting: Setting, outcome: Outcome) -> None:
-    plan = setting.plan
-    figure.suptitle(
-        f"servers {','.join(map(str, plan.servers))}: {outcome.tokens_per_s:,.0f} tokens/s, "
-        f"{outcome.rollouts_per_s:,.2f} rollouts/s trained on"
-    )
+    figure.suptitle(_title(setting, outcome))
     ((staleness, throughput), (step, busy)) = figure.subplots(2, 2)
     _draw_staleness(staleness, outcome)
     _draw_throughput(throughput, setting, outcome)
     _draw_step(step, setting, outcome)
     _draw_busy(busy, outcome)
+
+
+def _title(setting: Setting, outcome: Outcome) -> str:
+    """The fleet, as far as two lines hold it, and its speed; one line where both are short."""
+    fleet = f"servers {', '.join(map(str, setting.plan.servers))}"
+    speed = (
+        f"{outcome.tokens_per_s:,.0f} tokens/s, {outcome.rollouts_per_s:,.2f} rollouts/s trained on"
+    )
+    if len(fleet) + len(speed) < _TITLE:
+        return f"{fleet}: {speed}"
+    return f"{textwrap.fill(fleet, _TITLE, max_lines=2, placeholder=' …')}\n{speed}"
 
 
 def _draw_staleness(axes: Axes, outcome: Outcome) -> None:
@@ -105,11 +115,19 @@ def _draw_step(axes: Axes, setting: Setting, outcome: Outcome) -> None:
 def _draw_busy(axes: Axes, outcome: Outcome) -> None:
     used = {"all servers": outcome.utilisation}
     if len(outcome.utilisation_by_kind) > 1:
-        used |= outcome.utilisation_by_kind
+        used |= _few(outcome.utilisation_by_kind)
     _draw_bars(axes, used, "{:.0%}")
     axes.set(xlabel="share of the slots that generate", title="Servers busy", xlim=(0, 1.18))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _few(used: Mapping[str, float]) -> Mapping[str, float]:
+    """All kinds of servers; of more than there is room for, the busiest and the least busy."""
+    if len(used) <= _KINDS:
+        return used
+    least, *_, busiest = sorted(used, key=used.__getitem__)
+    return {f"busiest: {busiest}": used[busiest], f"least busy: {least}": used[least]}
 
 
 def _draw_bars(axes: Axes, values: dict[str, float], form: str) -> None:
@@ -203,6 +221,7 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
 
 def _from_zero(axes: Axes) -> None:
     axes.margins(y=0.12)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)
+    if axes.get_ylim()[1] >= 1000:  # below 1 it would write 500m, which nobody says of tokens
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", alpha=0.3)

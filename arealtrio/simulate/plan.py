@@ -28,7 +28,7 @@ MEAN_LENGTH = 100
 SIMULATED_MAX = 900_000
 """Of one answer: what a simulated server makes at most, and some room."""
 NEVER_S = 1e12
-"""A limit that no simulated run reaches, for everything that only looks after faults."""
+"""No run is as long: a limit for everything that only looks after faults."""
 COUNT_MAX = 10_000_000
 
 
@@ -43,8 +43,8 @@ class Plan:
         group_size: Answers to each of them, at least 1.
         training_s: Seconds of one training step, above 0.
         update_s: Seconds that the servers stand still for new weights, after each step.
-        latency_s: Seconds from every request to a server to its first token: network and prefill.
-            Each of an update's few requests takes it too.
+        latency_s: Seconds from a request for tokens to the first of them: network and prefill. The
+            requests that bring new weights take none: ``update_s`` is all of an update.
         slow_down: By what share of a decode step each further answer on a server lengthens it.
         steps: Training steps, at least 2.
         warm_up: Steps that are not counted, below ``steps``; None: a quarter of them.
@@ -55,8 +55,8 @@ class Plan:
         max_concurrent_rollouts: As in ``RolloutConfig``; None: as many as there are slots.
         prompts: In an epoch; then they come again. None: as many as the answers know, or without
             end.
-        grain: Tokens that are simulated as one, at least 1; None: as many as leave a mean answer
-            100. Coarser is faster.
+        grain: Tokens that are simulated as one, at least 1 and at most a mean answer; None: as many
+            as leave a mean answer 100. Coarser is faster.
         seed: Of all chance.
 
     Raises:
@@ -93,11 +93,8 @@ class Plan:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and not negative")
         self._check_choices()
-        if self.answers.longest > SIMULATED_MAX * self.tokens_simulated_as_one:
-            raise ConfigError(
-                f"answers of {self.answers.longest} tokens are too long for a grain of "
-                f"{self.tokens_simulated_as_one}; choose a coarser one"
-            )
+        self._check_time()
+        self._check_grain()
         self.config()
 
     def _check_counts(self) -> None:
@@ -120,6 +117,34 @@ class Plan:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}")
+
+    def _check_grain(self) -> None:
+        grain, answers = self.tokens_simulated_as_one, self.answers
+        if answers.longest > SIMULATED_MAX * grain:
+            raise ConfigError(
+                f"answers of {answers.longest} tokens are too long for a grain of {grain}; choose "
+                "a coarser one"
+            )
+        if grain > max(1, answers.mean):  # each answer would be as long as the grain at least
+            raise ConfigError(
+                f"answers of {answers.mean:.4g} tokens on average are too short for a grain of "
+                f"{grain}; choose a finer one"
+            )
+
+    def _check_time(self) -> None:
+        """Refuse what would be found out in the middle of a run. Waits are not known beforehand."""
+        trained_s = self.steps * (self.training_s + self.update_s)
+        answer_s = self.latency_s + self.answers.longest * max(map(self._step_s, self.servers))
+        for what, seconds in (("its training steps", trained_s), ("its longest answer", answer_s)):
+            if not seconds < NEVER_S:
+                raise ConfigError(
+                    f"a run lasts {NEVER_S:g} simulated seconds at most; {what} would take "
+                    f"{seconds:.3g}"
+                )
+
+    def _step_s(self, kind: ServerKind) -> float:
+        """Of a full server."""
+        return (1 + self.slow_down * (kind.slots - 1)) / kind.tokens_per_s
 
     @property
     def slots(self) -> int:
@@ -155,7 +180,7 @@ class Plan:
             token_time_s=self.tokens_simulated_as_one / kind.tokens_per_s,
             batch_growth=self.slow_down,
             load_time_s=self.update_s,
-            latency_s=self.latency_s,
+            prefill_s=self.latency_s,
             max_model_len=SIMULATED_MAX + 1000,
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 _BETWEEN_S = 0.2  # two lines, of real time
 _CALLS = 64  # between two looks at the clock
 _CLEAR = "\r\x1b[K"
+_WIDTH = 80  # of a terminal that does not say how wide it is
 
 
 class Progress:
@@ -50,7 +51,16 @@ class Progress:
         self._next = time.monotonic() + _BETWEEN_S
         step = max(0, len(self._moments) - 1)
         line = f"{self._what}: step {step} of {self._steps}, {self._calls // 2:,} rollouts"
-        self._write(_CLEAR + line[:79])
+        self._write(_CLEAR + line[: self._width() - 1])  # in the last column some begin a new line
+
+    def _width(self) -> int:
+        """Of the terminal as it is now."""
+        if self._descriptor is None:
+            return _WIDTH
+        try:
+            return os.get_terminal_size(self._descriptor).columns or _WIDTH
+        except OSError:
+            return _WIDTH
 
     def clear(self) -> None:
         """Leave an empty line."""

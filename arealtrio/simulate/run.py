@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import trio
 
+from ..errors import ConfigError
 from ..rows import trajectory_from_response
 from ..testing import checkpoint, run_virtually, simulated_executor
 from ..trajectory import Batch
@@ -36,10 +37,16 @@ def simulate(
         moments: Its beginning and each of its steps are appended here as they end, for whoever
             wants to show progress, or what there is when it is interrupted; see ``Outcome.of``.
         on_change: Called whenever a request began or ended on a server; must be quick.
+
+    Raises:
+        ConfigError: The run takes too long for a clock that is a floating-point number.
     """
     moments = [] if moments is None else moments
     run = _Run(plan, moments, on_change)
-    run_virtually(run.main, seed=plan.seed, time_limit_s=NEVER_S)
+    try:
+        run_virtually(run.main, seed=plan.seed, time_limit_s=NEVER_S)
+    except trio.TooSlowError as exc:
+        raise ConfigError(f"the run did not end within {NEVER_S:g} simulated seconds") from exc
     outcome = Outcome.of(plan, moments)
     assert outcome is not None  # warm_up is below steps
     return outcome

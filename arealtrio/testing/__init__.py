@@ -11,7 +11,9 @@ settings    ``SimulatedServerSettings``
 faces       both dialects, in memory
 server      ``SimulatedServer``
 stream      an answer that arrives as it is made
+amounts     numbers above 0, or at least 0
 fault       ``FaultKind``: what can go wrong; ``Fault``: what did
+planned     a fault that a test asks for
 faults      ``Faults``: by chance, by plan or by hand
 mishap      what becomes of one answer
 fleet       ``SimulatedFleet``, the transport

@@ -29,6 +29,9 @@ _KINDS: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generat
 class Face(Protocol):
     """How a server speaks."""
 
+    def generates(self, request: HttpRequest) -> bool:
+        """Whether a request is for tokens."""
+
     def open(self, request: HttpRequest) -> Reply | None:
         """Take a request for tokens; None where it is something else, for ``app_for``.
 
@@ -63,11 +66,15 @@ class VllmFace:
         """See ``Face``."""
         return self._engine.asleep
 
+    def generates(self, request: HttpRequest) -> bool:
+        """See ``Face``."""
+        return request.path in _KINDS and request.method == "POST"
+
     def open(self, request: HttpRequest) -> Reply | None:
         """See ``Face``."""
-        kind = _KINDS.get(request.path)
-        if kind is None or request.method != "POST":
+        if not self.generates(request):
             return None
+        kind = _KINDS[request.path]
         header_id = next((v for n, v in request.headers if n.lower() == "x-request-id"), None)
         return begin(self._engine, self._settings, kind, decode_body(request.body), header_id)
 
@@ -93,9 +100,13 @@ class SglangFace:
         """See ``Face``."""
         return self._front.released
 
+    def generates(self, request: HttpRequest) -> bool:
+        """See ``Face``."""
+        return request.path == "/generate" and request.method == "POST"
+
     def open(self, request: HttpRequest) -> Reply | None:
         """See ``Face``."""
-        if request.path != "/generate" or request.method != "POST":
+        if not self.generates(request):
             return None
         return SglangReply(self._front, decode(request.body, GenerateBody))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from typing import Final, NamedTuple
 
+from ..checks import shown
+from ..errors import ConfigError
+
 
 class FaultKind(enum.StrEnum):
     """What can go wrong."""
@@ -61,6 +64,26 @@ class Fault(NamedTuple):
         return f"{self.time_s:10.3f} s  {self.server}  {self.kind.value}  {self.detail}".rstrip()
 
 
+def kind_of(name: FaultKind | str) -> FaultKind:
+    """Return the kind of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return FaultKind(name)
+    except ValueError:
+        raise ConfigError(f"{shown(name)} is no fault; there are {', '.join(FaultKind)}") from None
+
+
+AT_EXCHANGE: Final = (
+    FaultKind.DEATH, FaultKind.RESTART, FaultKind.HANG, FaultKind.SLOW, FaultKind.PARTITION,
+    FaultKind.RESET, FaultKind.TRUNCATED, FaultKind.GARBAGE, FaultKind.CLIENT_ERROR,
+    FaultKind.SERVER_ERROR, FaultKind.LATE,
+)  # fmt: skip
+AT_LOAD: Final = (FaultKind.FAILED_LOAD, FaultKind.HALF_LOAD)
+AT_LABEL: Final = (FaultKind.WRONG_VERSION,)
+AT_DEPARTURE: Final = (FaultKind.LOST_ABORT,)
 OUTAGES: Final = frozenset(
     {FaultKind.DEATH, FaultKind.RESTART, FaultKind.HANG, FaultKind.SLOW, FaultKind.PARTITION}
 )

@@ -7,34 +7,37 @@ the same faults, whatever the clock is, and more servers leave the faults of the
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
 
 import trio
 
+from ..checks import finite, integer, items, shown
 from ..errors import ConfigError, UsageError
 from ..types import HttpRequest
-from .fault import OUTAGES, STATUSES, Fault, FaultKind
+from .amounts import not_negative, share
+from .fault import (
+    AT_DEPARTURE,
+    AT_EXCHANGE,
+    AT_LABEL,
+    AT_LOAD,
+    OUTAGES,
+    STATUSES,
+    Fault,
+    FaultKind,
+    kind_of,
+)
 from .mishap import Mishap
+from .planned import Planned
 
 if TYPE_CHECKING:
     from .server import SimulatedServer
 
 
-AT_EXCHANGE: Final = (
-    FaultKind.DEATH, FaultKind.RESTART, FaultKind.HANG, FaultKind.SLOW, FaultKind.PARTITION,
-    FaultKind.RESET, FaultKind.TRUNCATED, FaultKind.GARBAGE, FaultKind.CLIENT_ERROR,
-    FaultKind.SERVER_ERROR, FaultKind.LATE,
-)  # fmt: skip
-AT_LOAD: Final = (FaultKind.FAILED_LOAD, FaultKind.HALF_LOAD)
-AT_LABEL: Final = (FaultKind.WRONG_VERSION,)
-AT_DEPARTURE: Final = (FaultKind.LOST_ABORT,)
 _EVENTS: Final = (AT_EXCHANGE, AT_LOAD, AT_LABEL, AT_DEPARTURE)
 
 MILD: Final = MappingProxyType({
@@ -48,17 +51,6 @@ ALL: Final = MappingProxyType({
     FaultKind.SERVER_ERROR: 0.004, FaultKind.LATE: 0.004, FaultKind.LOST_ABORT: 0.2,
     FaultKind.FAILED_LOAD: 0.05, FaultKind.HALF_LOAD: 0.05, FaultKind.WRONG_VERSION: 0.05,
 })  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Planned:
-    """Faults that a test asked for; ``count`` of them are still to come."""
-
-    kind: FaultKind
-    server: str | None
-    path: str
-    count: int
-    how: Mapping[str, float] = field(default_factory=dict)
 
 
 class Faults:
@@ -100,13 +92,13 @@ class Faults:
         spare: int = 1,
     ) -> None:
         self.seed = seed
-        self.rates = _checked(rates or {})
+        self.rates = _checked({} if rates is None else rates)
         self.log: list[Fault] = []
         self._restarts_broken = FaultKind.FAILED_LOAD in self.rates  # also after ``stop``
         self._outage_s = _range("outage_s", outage_s)
         self._late_s = _range("late_s", late_s)
-        self._spare = spare
-        self._planned: list[_Planned] = []
+        self._spare = integer("spare", spare, 0)
+        self._planned: list[Planned] = []
         self._streams: dict[str, random.Random] = {}
         self._servers: tuple[SimulatedServer, ...] = ()
         self._later: Callable[[float, Callable[[], None]], None] = lambda *_: None
@@ -168,20 +160,24 @@ class Faults:
 
         Args:
             kind: What.
-            server: To whom; None: to whoever has the event.
+            server: To whom, by itself or by address; None: to whoever has the event.
             path: The request's path begins so. Loads, labels and departures have none.
-            count: How many times.
+            count: How many times, at least 1.
             how: Of ``Mishap``: ``after_bytes``, ``share``, ``seconds``, ``status``. ``seconds`` is
                 also how long an outage lasts; without it, a planned one lasts until somebody ends
                 it. ``share`` is also that of the weights which a ``half_load`` replaces before it
-                fails: 0.5 leaves some old, 1 is an error after all of them. ``factor``: by how much
-                a slow server is slower.
+                fails: 0.5 leaves some old, 1 is an error after all of them. ``factor``, above 0: by
+                how much a slow server is slower.
 
         Raises:
-            ConfigError: There is no such kind.
+            ConfigError: It can never happen: there is no such kind, server or ``how``, or a value
+                is out of its range. For which server it is, is looked at as soon as there is a
+                fleet.
         """
-        address = server if server is None or isinstance(server, str) else server.address
-        self._planned.append(_Planned(_kind(kind), address, path, count, how))
+        planned = Planned(kind, server, path, count, how)
+        if self._servers:
+            planned.check_among(self._servers)
+        self._planned.append(planned)
 
     def partition(
         self, *servers: SimulatedServer | str, for_s: float | None = None
@@ -193,11 +189,17 @@ class Faults:
 
         Args:
             servers: Which, by themselves or by address.
-            for_s: Seconds; None: until ``heal``.
+            for_s: Seconds, at least 0; None: until ``heal``.
 
         Returns:
             The servers.
+
+        Raises:
+            ConfigError: ``for_s`` is no finite number of seconds.
+            UsageError: A server is not of the fleet.
         """
+        if for_s is not None:
+            not_negative("for_s", for_s)
         chosen = tuple(self._find(server) for server in servers)
         for server in chosen:
             server.isolate()
@@ -237,11 +239,15 @@ class Faults:
             later: Calls a function after so many seconds.
 
         Raises:
+            ConfigError: A fault is planned for a server that the fleet has not.
             UsageError: It belongs to another fleet.
         """
         if self._servers:
             raise UsageError("these faults belong to another fleet; make one Faults for each")
-        self._servers = tuple(servers)
+        servers = tuple(servers)
+        for planned in self._planned:
+            planned.check_among(servers)
+        self._servers = servers
         self._later = later
 
     def on_exchange(self, server: SimulatedServer, request: HttpRequest) -> Mishap | None:
@@ -327,10 +333,9 @@ class Faults:
 
     def _next_planned(
         self, server: SimulatedServer, kinds: tuple[FaultKind, ...], path: str
-    ) -> _Planned | None:
+    ) -> Planned | None:
         for planned in self._planned:
-            fits = planned.kind in kinds and path.startswith(planned.path)
-            if fits and planned.server in (None, server.address):
+            if planned.fits(server, kinds, path):
                 planned.count -= 1
                 if not planned.count:
                     self._planned.remove(planned)
@@ -431,18 +436,10 @@ class Faults:
         raise UsageError(f"{server} is not of the fleet that these faults belong to")
 
 
-def _kind(name: FaultKind | str) -> FaultKind:
-    try:
-        return FaultKind(name)
-    except ValueError:
-        raise ConfigError(f"{name!r} is no fault; there are {', '.join(FaultKind)}") from None
-
-
 def _checked(rates: Mapping[FaultKind, float] | Mapping[str, float]) -> dict[FaultKind, float]:
-    checked = {_kind(name): rate for name, rate in rates.items()}
-    wrong = [kind.value for kind, rate in checked.items() if not 0 <= rate <= 1]
-    if wrong:
-        raise ConfigError(f"the rates of {', '.join(wrong)} are not within 0 … 1")
+    if not isinstance(rates, Mapping):
+        raise ConfigError(f"rates are probabilities by kind of fault, not {shown(rates)}")
+    checked = {kind_of(name): share(f"the rate of {name}", rate) for name, rate in rates.items()}
     for kinds in _EVENTS:
         if sum(checked.get(kind, 0.0) for kind in kinds) > 1:
             raise ConfigError(f"the rates of {', '.join(kinds)} are more than 1 together")
@@ -450,9 +447,10 @@ def _checked(rates: Mapping[FaultKind, float] | Mapping[str, float]) -> dict[Fau
 
 
 def _range(name: str, pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1] < math.inf:
+    ends = [finite(name, end) for end in items(name, pair, "two numbers of seconds")]
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
         raise ConfigError(f"{name} is a shortest and a longest number of seconds above 0")
-    return pair
+    return ends[0], ends[1]
 
 
 def _for(seconds: float | None) -> str:

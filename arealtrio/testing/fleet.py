@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, NoReturn
 
 import trio
 
+from ..checks import integer
 from ..errors import ConnectFailed, ResponseTooLarge, UsageError
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
@@ -197,9 +198,12 @@ async def open_fleet(
         seed: Of the lengths.
         faults: What goes wrong, in ``fleet.faults`` afterwards; None: nothing unasked.
         traced: Whether to keep every exchange in ``fleet.trace``.
+
+    Raises:
+        ConfigError: ``servers`` is neither, or a fault is planned for one that is not there.
     """
-    if isinstance(servers, int):
-        servers = [SimulatedServerSettings()] * servers
+    if not isinstance(servers, Iterable):
+        servers = [SimulatedServerSettings()] * integer("servers", servers, 0)
     fleet = SimulatedFleet(servers, lengths=lengths, seed=seed, faults=faults, traced=traced)
     left_with: BaseException | None = None
     async with trio.open_nursery() as nursery:

@@ -110,10 +110,10 @@ class RecordedLengths:
                 an OpenAI answer has it. A line that is a number is a length.
 
         Raises:
-            ConfigError: A line has no length; it is named.
+            ConfigError: A line has no length, or is not UTF-8; it is named.
             OSError: The file can not be read.
         """
-        with Path(path).open(encoding="utf-8") as lines:
+        with Path(path).open("rb") as lines:
             return cls(
                 _length(line, field, f"line {number} of {path}")
                 for number, line in enumerate(lines, 1)
@@ -125,9 +125,11 @@ class RecordedLengths:
         return next(self._tokens)
 
 
-def _length(line: str, field: str, where: str) -> int:
+def _length(line: bytes, field: str, where: str) -> int:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())  # which json.loads would take for UTF-16 now and then
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{where} is not UTF-8") from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{where} is not JSON") from exc
     for key in field.split("."):

@@ -16,6 +16,9 @@ plugin; in a test that pytest-trio runs, ask for its ``autojump_clock`` besides.
 
 from __future__ import annotations
 
+import argparse
+import os
+import shlex
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -43,11 +46,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--simulation-seeds",
-        type=int,
+        type=_at_least_one,
         default=None,
         metavar="N",
         help="how many seeds each is run with; default: what its mark says, or 1",
     )
+
+
+def _at_least_one(text: str) -> int:
+    """A number of seeds: a run that skips every simulated test would end as if all were well."""
+    count = int(text)  # argparse tells of a ValueError itself
+    if count < 1:
+        raise argparse.ArgumentTypeError("with no seed every simulated test would be skipped")
+    return count
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,12 +71,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if _SEED not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("seeds")
-    count = metafunc.config.getoption("simulation_seeds")
-    if count is None:
-        count = mark.args[0] if mark is not None else 1
+    of_mark = 1 if mark is None else _count_of(mark, metafunc.definition.nodeid)
+    count = metafunc.config.getoption("simulation_seeds") or of_mark
     first = metafunc.config.getoption("simulation_seed")
     seeds = range(first, first + count)
     metafunc.parametrize(_SEED, seeds, ids=[f"seed{seed}" for seed in seeds], indirect=True)
+
+
+def _count_of(mark: pytest.Mark, test: str) -> int:
+    """What ``seeds(20)`` or ``seeds(count=20)`` says; of anything else, how it is written."""
+    given = [*mark.args, *mark.kwargs.values()]
+    count = given[0] if len(given) == 1 and not mark.kwargs.keys() - {"count"} else None
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        words = "write @pytest.mark.seeds(N), with a whole number N of at least 1"
+        pytest.fail(f"{test}: {words}", pytrace=False)  # as pytest's own marks, without a traceback
+    return count
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,9 +97,16 @@ def pytest_runtest_makereport(
     call: Any = getattr(item, "callspec", None)
     seed = None if call is None else call.params.get(_SEED)
     if report.failed and seed is not None:
-        line = f"pytest '{item.nodeid}' --simulation-seed {seed} --simulation-seeds 1"
+        line = f"pytest {_argument(item)} --simulation-seed {seed} --simulation-seeds 1"
         report.sections.append(("simulation", f"seed {seed}; repeat with: {line}"))
     return report
+
+
+def _argument(item: pytest.Item) -> str:
+    """What names a test in the shell that pytest was called in; its id begins at the root."""
+    _, colons, rest = item.nodeid.partition("::")
+    path = os.path.relpath(item.path, item.config.invocation_params.dir)
+    return shlex.quote(f"{path}{colons}{rest}")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from ..errors import UsageError
+from .amounts import positive
 
 T = TypeVar("T")
 
@@ -65,12 +67,16 @@ def run_virtually(
         function: What to run.
         args: Its arguments.
         seed: Of the schedule. Give the fleet the same.
-        time_limit_s: Virtual seconds after which it is taken for a deadlock.
+        time_limit_s: Virtual seconds after which it is taken for a deadlock, above 0; ``inf`` is
+            no limit.
 
     Raises:
+        ConfigError: ``time_limit_s`` is no such number.
         trio.TooSlowError: It did not end within ``time_limit_s``.
         Exception: What the function raises, with a note that says how to repeat the run.
     """
+    if time_limit_s != math.inf:
+        positive("time_limit_s", time_limit_s)
 
     async def main() -> T:
         with trio.fail_after(time_limit_s):

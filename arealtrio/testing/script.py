@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ..checks import integer
 from ..embedded.sampling import Logits, SamplingParams
 from ..errors import UsageError
 
@@ -69,8 +70,12 @@ def made_by(logprob: float) -> int:
 
 
 def checkpoint(version: int) -> str:
-    """Return the path from which simulated servers load the weights of a version."""
-    return f"{_DIRECTORY}/checkpoint-{version}"
+    """Return the path from which simulated servers load the weights of a version.
+
+    Raises:
+        ConfigError: ``version`` is no integer of at least 0.
+    """
+    return f"{_DIRECTORY}/checkpoint-{integer('version', version, 0)}"
 
 
 def load(path: Path) -> ScriptedModel:

@@ -23,6 +23,7 @@ from ..embedded.vllm_fields import decode_body
 from ..errors import ConnectFailed, TransportError, TransportTimeout
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
+from .amounts import positive
 from .asgi import ask
 from .clockwork import Pace, TimedEngine, TimedScheduler
 from .faces import face_of
@@ -194,8 +195,13 @@ class SimulatedServer:
         self._change(ServerCondition.UP)
 
     def slow_down(self, factor: float) -> None:
-        """Decode so many times slower than the settings say, until ``speed_up``."""
-        self._set_speed(self.settings.speed / factor)
+        """Decode so many times slower than the settings say, until ``speed_up``.
+
+        Raises:
+            ConfigError: The factor is no finite number above 0.
+        """
+        speed = self.settings.speed / positive("factor", factor)
+        self._set_speed(positive("speed / factor", speed))
 
     def speed_up(self) -> None:
         """Decode as fast as the settings say."""
@@ -337,7 +343,7 @@ class SimulatedServer:
         name, seconds = _tightest(limits)
         deadline = trio.current_time() + seconds
         try:
-            await self._connect(connection, deadline, limits)
+            await self._connect(connection, deadline, request, limits)
             if mishap is None:
                 return await self._respond(connection, deadline, request, headers)
             if (refusal := mishap.refusal()) is not None:
@@ -366,19 +372,28 @@ class SimulatedServer:
             self._close(reply)
         return HttpResponse(200, _EVENT_STREAM, b"".join(pieces))
 
-    async def _connect(self, connection: Connection, deadline: float, limits: TimeLimits) -> None:
+    async def _connect(
+        self, connection: Connection, deadline: float, request: HttpRequest, limits: TimeLimits
+    ) -> None:
         """Get through to the server. Where that takes no time it is no checkpoint either."""
-        if self.settings.latency_s or self.isolated:
-            await self._during(connection, deadline, partial(self._approach, limits))
+        seconds = self._way_s(request)
+        if seconds or self.isolated:
+            await self._during(connection, deadline, partial(self._approach, seconds, limits))
         if self.condition is ServerCondition.DOWN:
             await trio.lowlevel.checkpoint()
             raise ConnectFailed(f"{self.address} refused the connection")
         connection.is_cut = self.condition is ServerCondition.HUNG
         self._connections[connection] = None
 
-    async def _approach(self, limits: TimeLimits) -> None:
-        if self.settings.latency_s:
-            await trio.sleep(self.settings.latency_s)
+    def _way_s(self, request: HttpRequest) -> float:
+        settings = self.settings
+        if settings.prefill_s and self._face.generates(request):
+            return settings.latency_s + settings.prefill_s
+        return settings.latency_s
+
+    async def _approach(self, seconds: float, limits: TimeLimits) -> None:
+        if seconds:
+            await trio.sleep(seconds)
         if self.isolated:
             with trio.move_on_after(limits.connect_s) as connecting:
                 await self._reach()

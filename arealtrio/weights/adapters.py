@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import trio
 
 from ..adapters import Adapter
-from ..errors import RolloutError
+from ..errors import ProtocolError, RolloutError
+from ..lora import load_adapter
+from ..memory import RESTARTED_ASLEEP, rouse, wake
 from ..servers import Server, ServerPool
 from .steps import check_base, updated
 from .update import WeightUpdate
@@ -46,8 +48,10 @@ async def load_adapter_everywhere(
 
 async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     check_base(pool, server)
-    request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
-    await pool.control(server, request, pool.config.update_timeout_s)
+    if not await rouse(pool, server):
+        raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
+    await wake(pool, server, "weights")  # beside which an adapter is loaded
+    await load_adapter(pool, server, adapter)
     await pool.label(server, adapter.version)
     if server.frozen:
         await pool.pausing.resume(server)

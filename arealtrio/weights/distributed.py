@@ -15,14 +15,19 @@ from dataclasses import replace
 import trio
 
 from ..adapters import Adapter
-from ..errors import RequestRejected, RolloutError, TransportError, UsageError, WeightUpdateError
-from ..memory import rouse, wake
-from ..servers import IN_SERVICE, Server, ServerPool, ServerState
+from ..errors import (
+    ProtocolError,
+    RequestRejected,
+    RolloutError,
+    TransportError,
+    UsageError,
+    WeightUpdateError,
+)
+from ..memory import RESTARTED_ASLEEP, rouse, wake
+from ..servers import Server, ServerPool
 from ..types import HttpRequest
-from .steps import check_base, updated
+from .steps import check_base, find_takers, updated
 from .update import Chunk, WeightsGroup, WeightUpdate
-
-TAKES_PART = (*IN_SERVICE, ServerState.STALE)
 
 
 async def init_weights_group(
@@ -51,7 +56,7 @@ async def init_weights_group(
     if join is not None:
         check_async(join, "join")
     async with pool.update_lock:
-        servers = [s for s in pool.servers if s.state in TAKES_PART]
+        servers, _ = await find_takers(pool)
         joined = replace(group, members=tuple(s.address for s in servers))
         failed = await _join(pool, servers, joined, join)
     if failed or not servers:
@@ -143,7 +148,7 @@ def check_async(function: Callable[..., object], name: str) -> None:
         raise UsageError(f"{name} must be an async function here; an ordinary one would block trio")
 
 
-def check_members(pool: ServerPool, update: WeightUpdate) -> None:
+def check_members(pool: ServerPool, servers: Sequence[Server], update: WeightUpdate) -> None:
     """Refuse a distributed update that can not be whole, before anything is sent.
 
     Raises:
@@ -160,7 +165,7 @@ def check_members(pool: ServerPool, update: WeightUpdate) -> None:
         raise UsageError(
             f"{pool.dialect.name} takes adapters from disk alone; use WeightUpdate.lora"
         )
-    there = {s.address for s in pool.servers if s.state in TAKES_PART}
+    there = {server.address for server in servers}
     if missing := [address for address in update.group.members if address not in there]:
         raise WeightUpdateError(
             f"{', '.join(missing)} of the weights group {update.group.name!r} can not take part, "
@@ -267,7 +272,8 @@ class _Reception:
         if server.address in self._failed:
             return
         try:
-            await rouse(self._pool, server)
+            if not await rouse(self._pool, server):
+                raise ProtocolError(f"{RESTARTED_ASLEEP}, and is in no weights group")
             await wake(self._pool, server, "weights")
             await self._open(server)
         except RolloutError:

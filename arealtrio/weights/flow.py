@@ -7,26 +7,27 @@ server that failed is out of service, and the result names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import trio
 
-from ..errors import RolloutError, WeightUpdateError
-from ..memory import rouse, wake
-from ..servers import IN_SERVICE, Server, ServerPool, ServerState
+from ..errors import ProtocolError, RolloutError, WeightUpdateError
+from ..memory import RESTARTED_ASLEEP, rouse, wake
+from ..servers import IN_SERVICE, Server, ServerPool
 from ..types import HttpRequest
 from .adapters import load_adapter_everywhere
 from .distributed import check_members, receive_everywhere
-from .steps import lacks_weights, updated
+from .steps import find_takers, lacks_weights, takers, updated
 from .update import WeightUpdate, WeightUpdateResult
 
 
 async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
     """Bring every server of the pool to ``update``, then advance the pool's version.
 
-    Servers that are out of service for an update missed earlier are updated too, and return. One
-    that fails is taken out before it is asked to generate again, its requests go on elsewhere with
-    the tokens they have, and it is tried again until it has the weights.
+    Servers that are out of service for an update missed earlier are updated too, and return; nobody
+    is paused for one that has failed its health checks and does not answer. One that fails is taken
+    out before it is asked to generate again, its requests go on elsewhere with the tokens they
+    have, and it is tried again until it has the weights.
 
     Cancelled, it resumes every server but those that had not confirmed the weights: they are out of
     service, and their requests go on elsewhere.
@@ -36,25 +37,22 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
             stays; the servers that failed are named and out of service.
     """
     async with pool.update_lock:
-        check_members(pool, update)
-        return await _update_all(pool, update)
+        servers, lost = await find_takers(pool)
+        check_members(pool, servers, update)
+        try:
+            return await _update_all(pool, servers, update, failed=lost)
+        finally:
+            _take_out_outdated(pool)
 
 
-async def _update_all(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
-    try:
-        return await _update_takers(pool, update)
-    finally:
-        _take_out_outdated(pool)
-
-
-async def _update_takers(pool: ServerPool, update: WeightUpdate) -> WeightUpdateResult:
+async def _update_all(
+    pool: ServerPool, servers: Sequence[Server], update: WeightUpdate, failed: dict[str, str]
+) -> WeightUpdateResult:
     started = trio.current_time()
-    servers = _takers(pool.servers)
-    failed: dict[str, str] = {}
     attempted: list[Server] = []
     pool.told(update.version)
     for turn in [[server] for server in servers] if update.rolling else [servers]:
-        batch = _takers(turn)  # who went out of service meanwhile is not paused any more
+        batch = takers(turn)  # who went out of service meanwhile is not paused any more
         attempted += batch
         await _update(pool, batch, update, failed)
     result = WeightUpdateResult(
@@ -67,14 +65,6 @@ async def _update_takers(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
     )
     _advance(pool, update, result)
     return result
-
-
-_TAKE_UPDATES = (ServerState.READY, ServerState.PAUSED, ServerState.STALE)
-
-
-def _takers(servers: Iterable[Server]) -> list[Server]:
-    """Those that take an update now; one that is ejected comes back by way of supervision."""
-    return [server for server in servers if server.state in _TAKE_UPDATES]
 
 
 def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult) -> None:
@@ -156,17 +146,18 @@ async def _load_one(
             await pool.pausing.freeze(server, f"{words}: {exc}")
             return
         except trio.Cancelled:  # what it serves now is not known
-            with trio.CancelScope(shield=True):
-                await pool.pausing.freeze(server, f"its {words} was cancelled")
+            await pool.pausing.freeze(server, f"its {words} was cancelled")
             raise
         updated(pool, server, update)
 
 
 async def _send(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
+    same = await rouse(pool, server)
     if update.kind == "label":
+        if not same:
+            raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
         await pool.label(server, update.version)
         return
-    await rouse(pool, server)
     await wake(pool, server, "weights")
     server.told, server.loading = update.version, True
     for request in pool.dialect.load_weights(update.path, update.version):

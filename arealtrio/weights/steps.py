@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+
+import trio
+
 from ..errors import RolloutError
 from ..servers import IN_SERVICE, Server, ServerPool, ServerState
 from .update import WeightUpdate
+
+
+def takers(servers: Iterable[Server]) -> list[Server]:
+    """Those that take an update now; one that is ejected comes back by way of supervision."""
+    return [server for server in servers if server.state in (*IN_SERVICE, ServerState.STALE)]
+
+
+async def find_takers(pool: ServerPool) -> tuple[list[Server], dict[str, str]]:
+    """Who takes an update now, and who is lost: out of service, and answers nothing at all.
+
+    All that are paused with a server that hangs would wait for it, at every update. That it fails
+    its health checks does not tell: so does an SGLang that is only frozen.
+    """
+    lost: dict[str, str] = {}
+    limit = pool.config.eject_after_failures
+    suspects = [s for s in takers(pool.servers) if s.state is ServerState.STALE and s.sick >= limit]
+    if suspects:
+        async with trio.open_nursery() as nursery:
+            for server in suspects:
+                nursery.start_soon(_ask_whether_lost, pool, server, lost)
+    return [s for s in takers(pool.servers) if s.address not in lost], lost
+
+
+async def _ask_whether_lost(pool: ServerPool, server: Server, lost: dict[str, str]) -> None:
+    limits = pool.config.control_limits(pool.config.health_timeout_s)
+    with pool.brief.bounded(), suppress(RolloutError):
+        await pool.send(server, pool.dialect.weight_version(), limits)
+        return
+    lost[server.address] = f"it does not answer ({server.reason})"
 
 
 def lacks_weights(pool: ServerPool, server: Server) -> str:

@@ -27,7 +27,7 @@ from .dialect import (
 from .experts import read_int32
 from .segment import check_segment, images_of, top_k_of
 from .sglang_weights import SglangWeights
-from .status import NOT_JSON, check_status, raise_refusal
+from .status import check_status, raise_refusal
 from .stream import (
     End,
     Failure,
@@ -58,8 +58,6 @@ STOP_REASONS: Final[dict[str, StopReason]] = {"stop": "stop", "length": "length"
 NAN_MARK: Final = "NaN happened"
 # Older servers give tokens of another request along with this.
 BEFORE_PREFILL: Final = "Abort before prefill"
-
-ALREADY_LOADED: Final = b"already loaded"
 
 LOAD_METRICS: Final = {
     "sglang:num_running_reqs": True,
@@ -138,10 +136,6 @@ class _ServerInfo(msgspec.Struct):
 class _Control(msgspec.Struct):
     success: bool = True
     message: str = ""
-
-
-class _Refusal(msgspec.Struct):
-    error_message: str = ""
 
 
 class SglangDialect(SglangWeights):
@@ -290,10 +284,9 @@ class SglangDialect(SglangWeights):
     def parse_control(self, response: HttpResponse) -> None:
         """Read an answer to a command; those about requests and memory say nothing.
 
-        That an adapter of that name is loaded already is what was asked for: our names hold a
-        version, and are given once.
+        That an adapter of that name is loaded already is for ``has_adapter`` to tell.
         """
-        if _is_loaded_already(response):
+        if self.has_adapter(response):
             return
         check_status(response, SERVER)
         if response.body in (b"", b"null"):
@@ -349,16 +342,6 @@ class SglangDialect(SglangWeights):
     def parse_weight_version(self, response: HttpResponse) -> int | None:
         """Read it; a server that nobody updated says ``default``."""
         return read_label(body.read(response, _ModelInfo, SERVER, "model info").weight_version)
-
-
-def _is_loaded_already(response: HttpResponse) -> bool:
-    if response.status != 400 or ALREADY_LOADED not in response.body:
-        return False
-    try:
-        refusal = msgspec.json.decode(response.body, type=_Refusal)
-    except NOT_JSON:
-        return False
-    return ALREADY_LOADED.decode() in refusal.error_message
 
 
 def _concurrency(config: _ServerInfo) -> int | None:

@@ -7,10 +7,20 @@ entrypoints/http_server.py; these routes need GPUs and are not recorded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from ..types import HttpRequest
+import msgspec
+
+from ..types import HttpRequest, HttpResponse
 from . import body
+from .status import NOT_JSON
 from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
+
+ALREADY_LOADED: Final = b"already loaded"
+
+
+class _Refusal(msgspec.Struct):
+    error_message: str = ""
 
 
 class SglangWeights:
@@ -74,19 +84,35 @@ class SglangWeights:
         return body.post("/end_weight_update", {})
 
     def load_adapter(self, name: str, path: str) -> HttpRequest:
-        """Load; a name that is there is refused, which ``parse_control`` takes for done."""
+        """Load; a name that is there is refused."""
         return body.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def has_adapter(self, response: HttpResponse) -> bool:
+        """Whether a load was refused because of its name: nothing is said of what has it."""
+        if response.status != 400 or ALREADY_LOADED not in response.body:
+            return False
+        try:
+            refusal = msgspec.json.decode(response.body, type=_Refusal)
+        except NOT_JSON:
+            return False
+        return ALREADY_LOADED.decode() in refusal.error_message
 
     def unload_adapter(self, name: str) -> HttpRequest:
         """Forget an adapter, once SGLang's own requests with it are done."""
         return body.post("/unload_lora_adapter", {"lora_name": name})
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:  # noqa: ARG002  the server decides
+    def sleep(
+        self,
+        tags: Sequence[str],
+        *,
+        keep_weights: bool,  # noqa: ARG002  the server decides
+    ) -> HttpRequest | None:
         """Let go of memory, by name, so that what is to be taken back is known.
 
-        A server that runs anything dies of it, as does one that is told to take back what it has.
+        A server that runs anything dies of it, as does one that is told to let go of what it has
+        not, or to take back what it has.
         """
-        return body.post("/release_memory_occupation", {"tags": list(self.memory_tags)})
+        return body.post("/release_memory_occupation", {"tags": list(tags)})
 
     def wake(self, tag: str) -> HttpRequest:
         """Take memory back."""

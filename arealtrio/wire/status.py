@@ -8,6 +8,8 @@ prompt can be a megabyte, and can be secret.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -16,6 +18,7 @@ from ..errors import ProtocolError, RequestRejected, ServerError
 from ..types import HttpResponse
 
 REASON_SIZE = 200  # characters
+MASK = b"***"
 REASON_DEPTH = 8  # a reason lies no deeper in what a server wraps it in
 
 # What msgspec raises of bytes that are no JSON, or nest too deep to be read; of a ValidationError
@@ -48,6 +51,19 @@ def check_status(response: HttpResponse, server: str) -> None:
     if status >= 500:
         raise ServerError(f"{server} failed ({status}): {reason_of(response)}", status=status)
     raise ProtocolError(f"expected an answer of {server}, not status {status}")
+
+
+def masked(response: HttpResponse, secrets: Iterable[str]) -> HttpResponse:
+    """Return an answer that repeats none of these: a gateway may say which key it refuses.
+
+    Args:
+        response: A refusal, and not what is read for more than its reason.
+        secrets: The longest first.
+    """
+    body = response.body
+    for secret in secrets:
+        body = body.replace(secret.encode(), MASK)
+    return replace(response, body=body)
 
 
 def raise_refusal(response: HttpResponse, server: str, reason: str) -> NoReturn:

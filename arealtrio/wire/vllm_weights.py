@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from ..types import HttpRequest
+from ..types import HttpRequest, HttpResponse
 from . import body
 from .weights import AdapterSpec, GroupPlace, TensorSpec, dtype_name
 
@@ -75,12 +75,22 @@ class VllmWeights:
         question = {"lora_name": name, "lora_path": path, "load_inplace": True}
         return body.post("/v1/load_lora_adapter", question)
 
+    def has_adapter(self, response: HttpResponse) -> bool:  # noqa: ARG002  it is replaced
+        """Never."""
+        return False
+
     def unload_adapter(self, name: str) -> HttpRequest:
         """Forget an adapter."""
         return body.post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:
-        """Level 1 keeps the weights in the host's memory, level 2 nowhere."""
+    def sleep(self, tags: Sequence[str], *, keep_weights: bool) -> HttpRequest | None:
+        """Level 1 keeps the weights in the host's memory, level 2 nowhere.
+
+        With the weights goes whatever else is awake; while they sleep it warns in its log, and lets
+        go of nothing (vLLM 0.32.0's v1/executor/abstract.py).
+        """
+        if "weights" not in tags:
+            return None
         return body.post(f"/sleep?level={1 if keep_weights else 2}")
 
     def wake(self, tag: str) -> HttpRequest:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..types import HttpRequest
+from ..types import HttpRequest, HttpResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +123,22 @@ class WeightRequests(Protocol):
         """Close what an update that failed left open, so that another may begin; None: nothing."""
 
     def load_adapter(self, name: str, path: str) -> HttpRequest:
-        """Take an adapter from disk under a name. One that is there already is no error."""
+        """Take an adapter from disk under a name.
+
+        Where ``has_adapter`` says so of the answer, the server keeps what it has of that name.
+        """
+
+    def has_adapter(self, response: HttpResponse) -> bool:
+        """Whether a load was refused because an adapter of that name is there, from wherever."""
 
     def unload_adapter(self, name: str) -> HttpRequest:
         """Forget an adapter."""
 
-    def sleep(self, *, keep_weights: bool) -> HttpRequest:
-        """Let go of all ``memory_tags``; asked of a server that runs nothing."""
+    def sleep(self, tags: Sequence[str], *, keep_weights: bool) -> HttpRequest | None:
+        """Let go of these of the ``memory_tags``, and keep asleep all others.
+
+        Asked of a server that runs nothing. None where it can not let go of these alone.
+        """
 
     def wake(self, tag: str) -> HttpRequest:
         """Take one of ``memory_tags`` back, in their order."""

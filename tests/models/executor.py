@@ -95,6 +95,8 @@ class ModelStream:
     # of the batches to come: accepted groups, and rejected ones that count
     places: list[ModelGroup] = field(default_factory=list)
     unsettled: int = 0
+    delivered: bool = False
+    any_failed: bool = False
 
     @property
     def rejected(self) -> int:
@@ -396,6 +398,7 @@ class ModelExecutor:
             stream.places.append(group)
             return
         self.untold.append(f"{group.name} {group.outcome}")
+        stream.any_failed |= group.outcome == "failed"
         if group.outcome == "rejected":
             stream.rejections += 1
             if self.rules.dynamic and stream.rejected < stream.size - 1:
@@ -429,7 +432,8 @@ class ModelExecutor:
             else:
                 self.consumed += stream.rejected
                 self.stream = None
-                return "StopAsyncIteration"
+                in_vain = stream.any_failed and not stream.delivered
+                return "TooManyFailures" if in_vain else "StopAsyncIteration"
 
     def too_much_went_wrong(self) -> bool:
         assert self.stream is not None
@@ -459,7 +463,7 @@ class ModelExecutor:
 
     def release(self, taken: list[ModelGroup]) -> tuple[list[str], list[str]]:
         assert self.stream is not None
-        self.stream.read_ahead = False
+        self.stream.read_ahead, self.stream.delivered = False, True
         for group in taken:
             self.stream.places.remove(group)
         accepted = [group for group in taken if group.outcome == "accepted"]

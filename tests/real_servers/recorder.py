@@ -128,7 +128,7 @@ class SpyWorkflow:
         self._inner = inner
         self.responses: list[ModelResponse] = []
 
-    async def arun_episode(self, engine: Engine, data: Mapping[str, Any], /) -> Any:
+    async def arun_episode(self, engine: Engine, data: dict[str, Any], /) -> Any:
         return await self._inner.arun_episode(_SpyEngine(engine, self.responses), data)
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import click
@@ -43,15 +44,22 @@ class Line:
     report: str
 
 
-def line_of(seed: int) -> Line:
-    """Play one seed. What servers are blamed for is expected here, and no news."""
+@contextmanager
+def _without_news() -> Iterator[None]:
+    """What servers are blamed for is expected here, and no news."""
     logger = logging.getLogger("arealtrio")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        verdict = play(seed)
+        yield
     finally:
         logger.setLevel(before)
+
+
+def line_of(seed: int) -> Line:
+    """Play one seed."""
+    with _without_news():
+        verdict = play(seed)
     history = verdict.history
     return Line(
         seed,
@@ -121,7 +129,8 @@ def _search(start: int, most: int) -> int:
     """Look for each planted bug; 1 if one is not found."""
     missed = []
     for bug in BUGS:
-        needed = seeds_needed(bug, start, most)
+        with _without_news():
+            needed = seeds_needed(bug, start, most)
         click.echo(row_of(bug, needed, most))
         if None in needed:
             missed.append(bug.name)

@@ -9,7 +9,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealtrio import StalenessBudgetExhausted
+from arealtrio import StalenessBudgetExhausted, TooManyFailures
 
 from .training import TRAINING_S, Run, Scenario, open_run, prompts, virtually
 
@@ -59,7 +59,7 @@ class Trainer:
         """Take a batch; False at the end of the epoch, or if the budget is spent."""
         try:
             batch = await self.run.next_batch(loader)
-        except StopAsyncIteration:
+        except (StopAsyncIteration, TooManyFailures):  # or its groups failed, all of them
             return False
         except StalenessBudgetExhausted:
             self.check_exhausted()

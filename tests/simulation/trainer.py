@@ -17,6 +17,7 @@ from arealtrio import (
     RolloutConfig,
     RolloutResult,
     StalenessBudgetExhausted,
+    TooManyFailures,
     UsageError,
     WeightUpdate,
     WeightUpdateError,
@@ -255,6 +256,9 @@ class Trainer:
             try:
                 batch = await self._ask_for_a_batch(loader)
             except StopAsyncIteration:
+                return None
+            except TooManyFailures as exc:  # its budgets are without end: there was no batch at all
+                self.history.note(str(exc))
                 return None
             except StalenessBudgetExhausted:
                 refusals += 1

@@ -1,6 +1,9 @@
-"""The embedded servers among this process's children."""
+"""The embedded servers among this process's children, and a pipe that nobody reads."""
 
 from __future__ import annotations
+
+import os
+from typing import BinaryIO
 
 import psutil
 
@@ -15,3 +18,10 @@ def _is_server(process: psutil.Process) -> bool:
         return "arealtrio.embedded" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
+
+
+def closed_pipe() -> BinaryIO:
+    """The end to write to of a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "wb")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from arealtrio.arguments import RolloutArguments, positive, resolve_accept, resolve_workflow
+from arealtrio.config import GROUP_SIZE_MAX
 from arealtrio.errors import UsageError
 from arealtrio.trajectory import Group
 
@@ -44,6 +46,14 @@ def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
             resolve(path)
 
 
+def test_a_workflow_gets_a_dict() -> None:
+    arguments = RolloutArguments.of(Instant(), None, None, 1)
+    prompt = {"prompt_id": 3}
+    assert arguments.group("t", prompt, lambda *_: None).data is prompt
+    copied = arguments.group("t", MappingProxyType(prompt), lambda *_: None).data
+    assert (type(copied), copied) == (dict, prompt)
+
+
 def test_arguments_for_an_instance_are_refused() -> None:
     with pytest.raises(UsageError, match="made already"):
         resolve_workflow(Instant(), {"decide": accept_all})
@@ -62,6 +72,14 @@ def test_positive_refuses(value: Any) -> None:
     with pytest.raises(UsageError, match="size must be an integer of at least 1"):
         positive("size", value)
     assert positive("size", 3) == 3
+
+
+@pytest.mark.parametrize("size", [GROUP_SIZE_MAX + 1, 99_999_999_999])
+def test_a_group_has_a_largest_size(size: int) -> None:
+    with pytest.raises(UsageError, match=f"group_size must be at most {GROUP_SIZE_MAX}, not"):
+        RolloutArguments.of(Instant(), None, None, size)
+    largest = RolloutArguments.of(Instant(), None, None, GROUP_SIZE_MAX)
+    assert largest.group("t", {}, lambda *_: None).size == GROUP_SIZE_MAX
 
 
 def test_arguments_are_resolved_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import signal
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from arealtrio import cli
+from arealtrio.demo.options import DemoOptions
 from arealtrio.demo.report import DemoReport
 from arealtrio.errors import NoServerAvailable, TooManyFailures
 
@@ -116,6 +118,9 @@ def test_the_numbers_go_into_a_file_and_quiet_is_quiet(asked: list[Any], tmp_pat
         (["serve", "--weights", "x", "--max-num-seqs", "0"], "Invalid value for '--max-num-seqs'"),
         (["demo", "--keep-weights", "/proc/no/such"], "/proc/no/such can not be made"),
         (["demo", "--state", "/proc/no/such"], "/proc/no/such can not be made"),
+        (["demo", "--json", ""], "Invalid value for '--json': a path is not empty"),
+        (["demo", "--state", ""], "Invalid value for '--state': a path is not empty"),
+        (["demo", "--keep-weights", ""], "Invalid value for '--keep-weights': a path is not"),
         (["demo", "--state", __file__], "Invalid value for '--state'"),
         (["demo", "--server", "http://a:1", "--servers", "4"], "contradict each other"),
     ],
@@ -149,6 +154,24 @@ def test_a_failure_is_one_line(
     monkeypatch.setattr(cli, "run_demo", fail)
     result = invoke("demo")
     assert (result.exit_code, result.output) == (1, line)
+
+
+def test_who_has_read_enough_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> DemoReport:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "run_demo", write)
+    result = invoke("demo")
+    assert (result.exit_code, result.output) == (1, "")
+
+
+def test_where_the_shell_has_closed_standard_output_it_runs_all_the_same(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = DemoOptions()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli._run(False, options) is REPORT
+    assert asked == [options]
 
 
 def test_the_version_is_the_distribution_s(monkeypatch: pytest.MonkeyPatch) -> None:

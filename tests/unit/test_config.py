@@ -7,10 +7,12 @@ import socket
 import traceback
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -177,6 +179,37 @@ async def test_no_key_is_logged_or_shown(
             pass
     shown = [repr(config), str(config), caplog.text, *traceback.format_exception(caught.value)]
     assert not [text for text in shown if SECRET in text]
+
+
+async def test_a_key_that_a_server_repeats_is_not_logged_or_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By who wants another key, and so is never in service."""
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(
+            trio.serve_tcp, partial(refuse, b"invalid key " + SECRET.encode()), 0
+        )
+        port = listeners[0].socket.getsockname()[1]
+        config = RolloutConfig(
+            servers=[f"http://127.0.0.1:{port}"],
+            headers={"Authorization": f"Bearer {SECRET}"},
+            setup_timeout_s=0.5,
+        )
+        with caplog.at_level(logging.DEBUG), pytest.raises(NoServerAvailable) as caught:
+            async with open_executor(config):
+                pass
+        nursery.cancel_scope.cancel()
+    assert "invalid key ***" in str(caught.value)
+    shown = [caplog.text, *traceback.format_exception(caught.value)]
+    assert not [text for text in shown if SECRET in text]
+
+
+async def refuse(words: bytes, stream: trio.SocketStream) -> None:
+    head = b"HTTP/1.1 401 Unauthorized\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n"
+    with suppress(trio.BrokenResourceError):
+        async with stream:
+            async for _ in stream:
+                await stream.send_all(head % len(words) + words)
 
 
 @pytest.fixture

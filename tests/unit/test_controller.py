@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import signal
@@ -156,6 +157,21 @@ def test_prepare_batch_ends_an_epoch_with_stop_iteration_and_begins_the_next() -
             with pytest.raises(StopIteration):
                 rollout.prepare_batch(loader, Instant())
             rollout.set_version(version + 1)
+
+
+def test_the_executor_has_every_method_with_the_same_arguments() -> None:
+    names = [name for name in dir(RolloutController) if not name.startswith("_")]
+    assert [name for name in names if not hasattr(WorkflowExecutor, name)] == []
+    for name in names:
+        ours, theirs = getattr(RolloutController, name), getattr(WorkflowExecutor, name)
+        assert callable(ours) == callable(theirs)
+        if callable(ours):
+            assert arguments_of(ours) == arguments_of(theirs)
+
+
+def arguments_of(method: Callable[..., object]) -> list[tuple[str, object, object]]:
+    parameters = inspect.signature(method).parameters.values()
+    return [(one.name, one.kind, one.default) for one in parameters]
 
 
 def test_every_method_reaches_the_executor() -> None:
@@ -566,6 +582,54 @@ def test_an_interrupt_that_comes_after_the_answer_gives_it_back(
                 call()
         assert interrupted
         assert call() == expected[what]
+
+
+async def test_an_interrupt_between_the_answer_and_its_task_s_turn_gives_it_back() -> None:
+    """The task was woken before, so no cancellation reaches it: it returns what it was given."""
+    undone: list[str] = []
+    call, woken = module._Call[str](undone.append), trio.Event()
+
+    async def answer() -> str:
+        await woken.wait()
+        return "a batch"
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call.run, answer, lambda: False)
+        await trio.testing.wait_all_tasks_blocked()
+        woken.set()
+        call.abandon()
+    assert undone == ["a batch"]
+
+
+# --- user code on the trio side ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["workflow", "filter"])
+def test_user_code_that_calls_the_controller_it_runs_in_is_told_so(where: str) -> None:
+    """It waited for itself, and with it everything else."""
+    with controller() as rollout:
+
+        def ask(_: object) -> Any:
+            rollout.get_capacity()
+
+        filtered: dict[str, Any] = {"should_accept_fn": ask} if where == "filter" else {}
+        rollout.submit({}, Instant(ask if where == "workflow" else lambda _: "accept"), **filtered)
+        (result,) = rollout.wait(1, timeout_s=SOON_S)
+        assert result.failure is not None
+        assert isinstance(result.failure.error, UsageError)
+        assert "would wait for itself for ever" in str(result.failure.error)
+
+
+def test_a_workflow_s_constructor_that_exits_costs_the_call_alone() -> None:
+    class Exits(Instant):
+        def __init__(self) -> None:
+            raise SystemExit(3)
+
+    with controller() as rollout:
+        with pytest.raises(SystemExit):
+            rollout.submit({}, Exits)
+        rollout.submit({}, Instant())
+        assert len(rollout.wait(1, timeout_s=SOON_S)) == 1
 
 
 # --- fork ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from arealtrio.demo.run import run_demo
 from arealtrio.demo.task import base_model
 from arealtrio.embedded.model import TinyModel
 from arealtrio.errors import ConfigError, NoServerAvailable
+
+from .processes import closed_pipe
 
 STEPS, BATCH = 9, 16
 
@@ -108,6 +111,11 @@ def test_a_run_that_has_finished_says_so_and_starts_nothing(options: DemoOptions
     assert run_demo(replace(options, server_urls=("http://127.0.0.1:1",)), out) == report
     assert out.getvalue().startswith("this run has finished; ")
     assert "prompts     32 trained on, 0 of them twice" in out.getvalue()
+    unread = io.TextIOWrapper(closed_pipe())
+    with pytest.raises(BrokenPipeError):
+        run_demo(options, unread)  # now, and not when the interpreter ends
+    with suppress(BrokenPipeError):
+        unread.close()
 
 
 def test_one_that_was_cut_off_before_its_report_trains_no_further(options: DemoOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -73,6 +74,14 @@ def run(page: Path, source: str, names: dict[str, Any]) -> None:
         trio.run(names["main"])
 
 
+@pytest.fixture
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the reader's."""
+    (tmp_path / "my_rewards.py").write_text("def grade(*args, **data):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("my_rewards")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(
     page: Path, urls: list[str], checkpoint: Checkpoints, tmp_path: Path
@@ -149,3 +158,27 @@ def test_limits_named_in_prose_are_limits_of_this_version(page: Path) -> None:
     wanted = {n for n in CODE.findall(prose) if re.search(r"^max_|_s$|_size$|_ratio$|^min_", n)}
     theirs = {"max_num_seqs", "max_running_requests", "max_head_offpolicyness"}  # not ours
     assert wanted <= known_names() | theirs
+
+
+CALL = re.compile(r"`(\w+)(\([^`]+\))`")
+
+
+def calls_in_prose(page: Path) -> Iterator[ast.Call]:
+    """Each call of a public name between backticks, an ellipsis read as some value."""
+    for name, arguments in CALL.findall(BLOCK.sub("", page.read_text())):
+        if name in arealtrio.__all__:
+            call = ast.parse(name + arguments.replace("…", "..."), mode="eval").body
+            assert isinstance(call, ast.Call)
+            yield call
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_calls_in_prose_fit_what_they_call(page: Path) -> None:
+    for call in calls_in_prose(page):
+        assert isinstance(call.func, ast.Name)
+        called = inspect.signature(getattr(arealtrio, call.func.id))
+        called.bind(*call.args, **{k.arg: k.value for k in call.keywords if k.arg})
+
+
+def test_there_are_calls_in_prose() -> None:
+    assert sum(1 for page in PAGES for _ in calls_in_prose(page)) > 2

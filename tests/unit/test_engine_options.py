@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import traceback
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import trustme
 from arealtrio.config import RolloutConfig
 from arealtrio.embedded.model import TinyModel, log_softmax
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import ConfigError, NoServerAvailable, TransportError
+from arealtrio.errors import ConfigError, NoServerAvailable, RequestRejected, TransportError
 from arealtrio.servers import ServerPool
 from arealtrio.tally import EngineStatistics
 from arealtrio.testing import (
@@ -201,6 +203,49 @@ async def test_every_request_carries_its_servers_headers(
             for _ in range(2):
                 await engine.agenerate(ModelRequest([5], SHORT))
     assert recorder.seen == {first: {(("x-key", "1"),)}, second: {()}}
+
+
+class Gateway(Recorder):
+    """A gateway that from some time on lets nobody in, and says with which key."""
+
+    shut = False
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *args: Any, headers: Any = (), **more: Any
+    ) -> HttpResponse:
+        if not self.shut:
+            return await super().request(base_url, request, *args, headers=headers, **more)
+        key = dict(headers)["Authorization"].removeprefix("Bearer ")
+        words = f"Incorrect API key {key}, or {key}x. It is of team t"
+        body = json.dumps({"error": {"message": words}}).encode()
+        return HttpResponse(401, {"content-type": "application/json"}, body)
+
+    @asynccontextmanager
+    async def stream(
+        self, base_url: str, *args: Any, headers: Any = (), **more: Any
+    ) -> AsyncIterator[Any]:
+        answer = await self.request(base_url, *args, headers=headers, **more)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield answer.body
+
+        yield SimpleNamespace(status=answer.status, headers=answer.headers, chunks=chunks)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_key_that_a_refusal_repeats_is_not_in_the_error(
+    streaming: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    headers = {"Authorization": "Bearer sk-proj-0123456789", "X-Team": "t", "X-None": ""}
+    async with open_fleet(1) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, streaming=streaming, headers=headers)
+        gateway = Gateway(fleet)
+        async with open_engine(config, transport=gateway) as engine:
+            gateway.shut = True
+            with pytest.raises(RequestRejected) as caught:
+                await engine.agenerate(ModelRequest([5], SHORT))
+    assert "Incorrect API key ***, or ***x. It is of team t" in str(caught.value)
+    assert "sk-proj" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_file_without_certificates_is_named(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+from arealtrio.admission import Admission
 from arealtrio.config import RolloutConfig
 from arealtrio.controller import RolloutController
 from arealtrio.executor import WorkflowExecutor
@@ -25,7 +27,7 @@ from arealtrio.testing import (
 from arealtrio.types import Outcome
 from arealtrio.weights import WeightUpdate
 
-from .puppet import Generates, Prompt, Puppet, check_counts, prompts
+from .puppet import Generates, Instant, Prompt, Puppet, check_counts, prompts
 from .test_controller import Background, on_trio_side, threads, until, until_waiting
 
 WITHIN_S = 1.0
@@ -221,3 +223,36 @@ def test_a_trio_program_that_is_interrupted_ends_with_all_that_it_started(busy: 
     check_counts(executor)
     assert sum(server.generations for server in fleet) == 0
     assert sum(row.outstanding for row in executor.engine.statistics()) == 0
+
+
+@pytest.mark.parametrize("step", ["next_member", "member_ended"])
+def test_ctrl_c_within_our_bookkeeping_comes_after_it(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a rollout is counted as running that is not, and closing waits for it."""
+    original, seen = getattr(Admission, step), list[WorkflowExecutor]()
+    interrupt = partial(signal.raise_signal, signal.SIGINT)
+    once = [interrupt]
+
+    def interrupted(admission: Admission, argument: Any) -> Any:
+        if step == "member_ended" and once:
+            once.pop()()
+        result = original(admission, argument)
+        if result is not None and once:  # a member that is counted, and not yet started
+            once.pop()()
+        return result
+
+    async def main() -> None:
+        async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, _):
+            seen.append(executor)
+            for prompt in prompts(4):
+                executor.submit(prompt, Instant())
+            await trio.sleep_forever()
+
+    monkeypatch.setattr(Admission, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    (executor,) = seen
+    assert not once
+    assert not executor._admission.running_members
+    check_counts(executor)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from arealtrio.adapters import Adapters
-from arealtrio.engine import RemoteEngine
+from arealtrio.config import RolloutConfig
+from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import TransportError, UsageError, WeightUpdateError
 from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
-from .embedded_server import PROMPT
-from .observed import Observed, observed_engine
+from .embedded_server import PROMPT, VOCAB_SIZE
+from .observed import Observed, observed_engine, running_servers
 
 both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
 LOAD = {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}
@@ -39,6 +41,17 @@ def named(seen: Observed, dialect: str) -> list[str]:
     """The adapter that each generation asked for."""
     asked = [r for _, r in seen.transport.asked if r.path == ROUTE[dialect] and r.method == "POST"]
     return [json.loads(request.body)[NAMED[dialect]] for request in asked]
+
+
+async def loaded(engine: RemoteEngine) -> list[dict[str, str]]:
+    """The adapters of each server: their directories, by name."""
+    limits = engine.config.control_limits(5)
+    answers = [
+        await engine.pool.send(server, HttpRequest("GET", "/v1/models"), limits)
+        for server in engine.pool.servers
+    ]
+    cards = [json.loads(answer.body)["data"] for answer in answers]
+    return [{card["id"]: card["root"] for card in one if card["parent"]} for one in cards]
 
 
 @pytest.mark.parametrize(("name", "path"), [("", "/a"), ("x", "")])
@@ -163,6 +176,89 @@ async def test_a_new_server_gets_the_base_weights_and_the_adapter(
         paths = seen.paths(late)
         assert paths.index(base) < paths.index(LOAD[dialect])
         assert seen.servers[late].scheduler.weight_version == "2"
+
+
+@both_dialects
+async def test_what_a_run_before_left_under_that_name_is_replaced(
+    dialect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang says that it has it, and keeps it: the old policy was served under the new version."""
+    (tmp_path / "before").mkdir()
+    async with running_servers(tmp_path, monkeypatch, dialect) as seen:
+        config = RolloutConfig(servers=seen.urls, backend=dialect, vocab_size=VOCAB_SIZE)
+        for path in (tmp_path / "before", tmp_path):
+            async with open_engine(config) as engine:
+                result = await update_weights(engine.pool, lora(path, 1))
+                assert set(result.updated) == set(seen.urls)
+                assert await loaded(engine) == [{"x-v1": str(path)}] * 2
+
+
+@both_dialects
+async def test_what_a_failed_update_left_under_that_name_is_replaced(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two servers have different adapters of one name, and of one version."""
+    (tmp_path / "failed").mkdir()
+    config = {"min_updated": 2}
+    async with observed_engine(tmp_path, monkeypatch, dialect, config=config) as (engine, seen):
+
+        async def lost(url: str, request: HttpRequest) -> None:
+            if url == seen.urls[1] and request.path == LOAD[dialect]:
+                raise TransportError("no answer")
+
+        seen.transport.hook = lost
+        with pytest.raises(WeightUpdateError):
+            await update_weights(engine.pool, lora(tmp_path / "failed", 1))
+        seen.transport.hook = None
+        result = await update_weights(engine.pool, lora(tmp_path, 1))
+        assert set(result.updated) == set(seen.urls)
+        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
+
+
+@both_dialects
+async def test_an_adapter_is_replaced_under_the_requests_that_use_it(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with observed_engine(tmp_path, monkeypatch, dialect, 1, token_time_s=0.001) as (
+        engine,
+        seen,
+    ):
+        await update_weights(engine.pool, lora(tmp_path, 1))
+        (server,) = seen.servers.values()
+
+        async def idle(_: str, request: HttpRequest) -> None:
+            if request.path == UNLOAD[dialect]:
+                assert not server.scheduler.running, "SGLang would wait for it"
+
+        seen.transport.hook = idle
+        answers: list[ModelResponse] = []
+
+        async def generate() -> None:
+            answers.append(await engine.agenerate(ModelRequest(PROMPT, LONG)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(generate)
+            (watch,) = seen.watches.values()
+            await watch.until(lambda scheduler: bool(scheduler.running))
+            result = await update_weights(engine.pool, lora(tmp_path, 1))
+            assert result.updated == (seen.urls[0],)
+        assert [answer.output_len for answer in answers] == [300, 300]
+        assert states(engine) == ["ready"]
+
+
+@both_dialects
+async def test_one_that_could_not_be_replaced_is_there_again(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"probe_interval_s": 0.02}
+    async with observed_engine(tmp_path, monkeypatch, dialect, config=config) as (engine, _):
+        await update_weights(engine.pool, lora(tmp_path, 1))
+        with pytest.raises(WeightUpdateError):
+            await update_weights(engine.pool, lora(tmp_path / "missing", 1))
+        assert states(engine) == ["stale", "stale"]
+        await engine.pool.wait_ready(5)
+        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
 
 
 @both_dialects

@@ -17,7 +17,7 @@ from arealtrio.executor import open_executor
 from arealtrio.testing import FixedLengths, SimulatedFleet, SimulatedServerSettings, open_fleet
 from arealtrio.types import GenerationHyperparameters
 
-from .puppet import Generates, prompts
+from .puppet import Generates, Instant, prompts
 
 SHORT = Generates(GenerationHyperparameters(max_new_tokens=50))
 
@@ -75,6 +75,31 @@ def test_a_trainer_pauses_for_a_block() -> None:
             assert [s.scheduler.pause_mode for s in fleet] == ["abort", "abort"]
             raise ZeroDivisionError
         assert [s.scheduler.pause_mode for s in fleet] == [None, None]
+
+
+async def test_the_executor_tells_and_pauses_as_the_controller_does(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_fleet(2) as fleet:
+        config = RolloutConfig(servers=fleet.addresses)
+        async with open_executor(config, transport=fleet) as executor:
+
+            def states() -> set[str]:
+                return {row.state for row in executor.statistics()}
+
+            assert await executor.health() == dict.fromkeys(fleet.addresses)
+            async with executor.paused("abort") as failed:
+                assert (failed, states()) == ({}, {"paused"})
+                assert [s.scheduler.pause_mode for s in fleet] == ["abort", "abort"]
+            assert states() == {"ready"}
+            executor.submit({"prompt_id": "p"}, Instant())
+            await executor.wait(1)
+            assert executor.rollout_counts()["accepted"] == 1
+            with pytest.raises(UsageError, match="no ledger is kept"):
+                executor.ledger_statistics()
+        for call in (executor.statistics, executor.paused):
+            with pytest.raises(RolloutClosed):
+                call()
 
 
 def test_a_mode_of_another_dialect_is_refused_in_the_trainers_thread() -> None:

@@ -152,8 +152,7 @@ async def test_after_a_crash_every_prompt_is_trained_once_and_what_was_finished_
             await trio.sleep(30)  # what runs ends, and is durable
         before = workflow.runs.copy()
         async with run.life(json.loads(json.dumps(state))) as executor:
-            assert executor.ledger is not None
-            statistics = executor.ledger.statistics()
+            statistics = executor.ledger_statistics()
             assert statistics.restored == 8  # the lost batch, and one that waited
             assert statistics.regenerated == 0
             check_counts_of_ledger(executor, version=3, restored=8)

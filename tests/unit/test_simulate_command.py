@@ -10,11 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -22,6 +24,9 @@ from arealtrio import cli
 from arealtrio.errors import StalenessBudgetExhausted
 from arealtrio.simulate import LogNormalAnswers, Plan, command, comparison, simulate
 from arealtrio.simulate.outcome import Outcome
+from arealtrio.simulate.progress import Progress
+
+from .processes import closed_pipe
 
 SMALL = (
     *("--servers", "2x4@50", "--batch-size", "4", "--group-size", "2"),
@@ -155,6 +160,10 @@ def bad_trace(directory: Path) -> str:
         ("--steps 1", "Invalid value for '--steps'"),
         ("--training-s 0", "Invalid value for '--training-s'"),
         ("--training-s nan", "Invalid value for '--training-s'"),
+        ("--training-s 1e12", "a run lasts 1e+12 simulated seconds at most"),
+        ("--update-s 1e12", "its training steps would take 4e+13"),
+        ("--latency-s 1e12", "its longest answer would take 1e+12"),
+        ("--slow-down 1e12", "its longest answer would take"),
         ("--update-s inf", "Invalid value for '--update-s'"),
         ("--slow-down -0.1", "Invalid value for '--slow-down'"),
         ("--lengths 0", "Invalid value for '--lengths'"),
@@ -164,6 +173,7 @@ def bad_trace(directory: Path) -> str:
         ("--lengths what/ever", "neither TOKENS nor MEDIAN/P99"),
         ("--lengths 900000000/900000000", "Invalid value for '--lengths'"),
         ("--lengths 2000000 --grain 1", "choose a coarser one"),
+        ("--lengths 100 --grain 100000", "choose a finer one"),
         ("--max-staleness -1", "Invalid value for '--max-staleness'"),
         ("--max-staleness forever", "nor inf"),
         ("--max-staleness 99999999999999", "max_staleness"),
@@ -185,6 +195,7 @@ def bad_trace(directory: Path) -> str:
         ("--plot /no/such/place/x.png", "there is no directory /no/such/place"),
         ("--plot x.bmp", "must end in .png, .svg or .pdf"),
         ("--json /no/such/place/x.json", "there is no directory /no/such/place"),
+        ("--json=", "Invalid value for --json: the name of a file is not empty"),
     ],
 )
 def test_a_wrong_argument_is_one_error_and_runs_nothing(
@@ -232,6 +243,46 @@ def test_a_terminal_without_blocks_gets_ascii() -> None:
     done = subprocess.run(arguments, env=environment, capture_output=True, check=True)
     assert b"#####" in done.stdout
     assert done.stderr == b""
+
+
+def test_who_has_read_enough_is_told_nothing_and_the_files_are_written(tmp_path: Path) -> None:
+    numbers = tmp_path / "out.json"
+    arguments = [sys.executable, "-m", "arealtrio", "simulate", *SMALL, "--json", str(numbers)]
+    with closed_pipe() as unread:
+        done = subprocess.run(arguments, stdout=unread, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert json.loads(numbers.read_text())["settings"][0]["outcome"]["steps"] == 3
+
+
+def test_what_the_shell_has_closed_is_not_written_to() -> None:
+    arguments = [sys.executable, "-m", "arealtrio", "simulate", *SMALL]
+    for closed, report in ((">&-", b""), ("2>&-", b"throughput")):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *arguments]
+        done = subprocess.run(shell, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout[:10] == report
+
+
+def test_json_to_a_closed_standard_output_is_refused_at_once(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(click.BadParameter, match="there is no standard output"):
+        command.command.main([*SMALL, "--json", "-"], standalone_mode=False)
+    assert plans == []
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, 79), (30, 29), (200, 199)])
+def test_progress_is_as_wide_as_its_terminal(columns: int, width: int) -> None:
+    ours, its = pty.openpty()
+    try:
+        termios.tcsetwinsize(its, (24, columns))
+        Progress(its).begin("a" * 100, 10, [])
+        line = os.read(ours, 4096).decode().removeprefix("\r\x1b[K")
+    finally:
+        os.close(ours)
+        os.close(its)
+    assert line == f"{'a' * 100}: step 0 of 10, 0 rollouts"[:width]
 
 
 def test_ctrl_c_ends_it_with_what_there_is() -> None:

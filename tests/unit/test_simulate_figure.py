@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from arealtrio.simulate.report import Setting
 PLAN = Plan(servers=fleet("4x8@50,4x24@80"), answers=FixedAnswers(1000))
 
 
-def outcome(tokens_per_s: float = 5000.0, oldest: int = 4) -> Outcome:
+def outcome(
+    tokens_per_s: float = 5000.0, oldest: int = 4, kinds: Sequence[str] = ("4x8@50", "4x24@80")
+) -> Outcome:
     return Outcome(
         steps=30,
         seconds=1860.0,
@@ -36,13 +39,19 @@ def outcome(tokens_per_s: float = 5000.0, oldest: int = 4) -> Outcome:
         trainer_wait_s=15.5,
         update_s=2.0,
         utilisation=0.93,
-        utilisation_by_kind={"4x8@50": 0.91, "4x24@80": 0.95},
+        utilisation_by_kind={kind: 0.9 + 0.005 * n for n, kind in enumerate(kinds)},
         token_staleness={age: 10 + age for age in range(oldest + 1)},
         head_staleness=dict.fromkeys(range(oldest + 1), 1),
         violations=0,
         given_up=0,
         step_tokens_per_s=tuple(tokens_per_s + 100 * (step % 3) for step in range(30)),
     )
+
+
+def of_kinds(count: int) -> Setting:
+    kinds = [f"{n}x16@50" for n in range(1, count + 1)]
+    plan = replace(PLAN, servers=fleet(",".join(kinds)))
+    return Setting(plan=plan, values={}, outcome=outcome(kinds=kinds))
 
 
 def swept(**axes: list[str]) -> list[Setting]:
@@ -60,6 +69,9 @@ def _product(first: list[str], second: list[str] | None = None) -> Iterator[tupl
 
 CASES = {
     "one": [Setting(plan=PLAN, values={}, outcome=outcome(1e7, 900))],
+    "one of 12 kinds": [of_kinds(12)],
+    "one of 14 kinds": [of_kinds(14)],
+    "one of 100 kinds": [of_kinds(100)],
     "numbers": swept(max_staleness=["0", "1", "2", "4", "8", "16", "inf"]),
     "words": swept(queue_order=["fifo", "deadline", "longest_expected"]),
     "two axes": swept(
@@ -131,6 +143,40 @@ def test_the_legend_of_the_histograms_lies_over_no_bar() -> None:
     assert len(bars) == 2
     assert all(Bbox.intersection(box, bar) is None for bar in bars)
     assert axes.get_yticks().max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kinds", [12, 100])
+def test_a_title_names_what_two_lines_hold_of_a_fleet(kinds: int) -> None:
+    *servers, speed = module._title(of_kinds(kinds), outcome()).split("\n")
+    assert speed == "5,000 tokens/s, 4.40 rollouts/s trained on"
+    assert len(servers) == 2
+    named = " ".join(servers).removeprefix("servers ").split(", ")
+    assert named[:12] == [f"{n}x16@50" for n in range(1, 13)]
+    assert (named[-1] == "…") == (kinds == 100)
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"),
+    [(0.0, "1.0"), (0.5, "0.5"), (8.0, "8"), (900.0, "800"), (5000.0, "5k"), (2e6, "2M")],
+)
+def test_an_axis_from_zero_is_written_as_people_say_it(most: float, ticks: str) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], [most / 2, most])
+    module._from_zero(axes)
+    figure.draw_without_rendering()
+    written = [label.get_text() for label in axes.get_yticklabels()]
+    assert ticks in written
+    assert not any(text.endswith("m") for text in written)
+    assert axes.get_ylim()[0] == 0
+
+
+def test_of_more_kinds_than_there_is_room_for_the_extremes_are_drawn() -> None:
+    axes = Figure().subplots()
+    module._draw_busy(axes, outcome(kinds=[f"{n}x1@1" for n in range(1, 16)]))
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "all servers", "busiest: 15x1@1", "least busy: 1x1@1",
+    ]  # fmt: skip
 
 
 def test_axes_are_named() -> None:

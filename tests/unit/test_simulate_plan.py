@@ -52,6 +52,7 @@ def test_the_grain_follows_the_answers() -> None:
     assert plan().tokens_simulated_as_one == 10
     assert plan(answers=FixedAnswers(20)).tokens_simulated_as_one == 1
     assert plan(grain=3).tokens_simulated_as_one == 3
+    assert plan(answers=FixedAnswers(100), grain=100).tokens_simulated_as_one == 100
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,11 @@ def test_the_grain_follows_the_answers() -> None:
         {"max_concurrent_rollouts": -1},
         {"seed": -1},
         {"answers": FixedAnswers(SIMULATED_MAX + 1), "grain": 1},
+        {"answers": FixedAnswers(100), "grain": 101},
+        *({name: 1e12} for name in ("training_s", "update_s", "latency_s", "slow_down")),
+        {"slow_down": 1e308},
+        {"training_s": 1e308, "update_s": 1e308},
+        {"servers": fleet("1x1@0.0000000001")},
     ],
     ids=str,
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from arealtrio.errors import ConfigError
 from arealtrio.simulate import FixedAnswers, LogNormalAnswers, Outcome, Plan, fleet, simulate
 from arealtrio.simulate.outcome import Step
 
@@ -65,7 +66,14 @@ def test_answers_slow_each_other_down() -> None:
 def test_latency_is_on_the_way_to_the_first_token() -> None:
     outcome = simulate(plan(latency_s=0.25))
     assert outcome.trainer_wait_s == pytest.approx(2.25)
+    assert outcome.update_s == pytest.approx(1)  # no request of an update asks for tokens
     assert outcome.utilisation == pytest.approx(2 / outcome.step_s)
+
+
+def test_a_run_that_lasts_for_ever_is_an_error_that_says_so() -> None:
+    """Each of its answers is in time, and all of them together are not."""
+    with pytest.raises(ConfigError, match=r"did not end within 1e\+12 simulated seconds"):
+        simulate(plan(latency_s=4e11))
 
 
 def test_kinds_are_counted_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +25,15 @@ FREE = AdmissionStatus(
     version=7,
     paused=False,
     servers_in_service=1,
+)
+WAITING = MemberStatus(
+    task_id="rollout-8",
+    prompt_id="p",
+    member_index=3,
+    is_eval=True,
+    stage=Stage.WAITING,
+    age_s=123456.7,
+    tokens=123456,
 )
 ONE_SLOT = [SimulatedServerSettings(max_num_seqs=1, token_time_s=0.1)]
 
@@ -127,24 +137,75 @@ async def test_what_blocks_is_read_from_the_executor(autojump_clock: Clock) -> N
         assert len(admission.blocked_by) == 2
 
 
-def test_the_table_is_eighty_columns_wide() -> None:
-    member = MemberStatus(
-        task_id="a-task-of-a-rather-long-name",
+def generating(number: int, server: str, task_id: str = "rollout-7") -> MemberStatus:
+    return MemberStatus(
+        task_id=task_id,
         prompt_id="p",
-        member_index=3,
-        is_eval=True,
-        stage=Stage.WAITING,
-        server="http://a-server-of-a-rather-long-name:30000",
+        member_index=number,
+        is_eval=bool(number % 2),
+        stage=Stage.GENERATING,
+        server=server,
         version=12,
-        age_s=123456.7,
+        age_s=3456.7 - number,
         tokens=123456,
     )
-    table = str(ExecutorStatus(members=(member,) * 50, admission=FREE, quiet_s=12.3)).splitlines()
-    assert max(map(len, table)) <= 80
-    assert "50 rollouts: 0 queued, 50 waiting for a server" in table[0]
-    assert "12.3 s" in table[1]
-    assert sum("123456.7" in line for line in table) == 40
-    assert "10 younger ones" in table[-1]
+
+
+def table_of(members: Sequence[MemberStatus], admission: AdmissionStatus = FREE) -> list[str]:
+    table = ExecutorStatus(members=tuple(members), admission=admission, quiet_s=12.3)
+    lines = str(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+def words_of(lines: list[str]) -> str:
+    """The table as if it had one endless line."""
+    return " ".join(" ".join(lines).split())
+
+
+def test_the_table_lists_the_oldest_and_counts_the_others() -> None:
+    lines = table_of([dataclasses.replace(WAITING, member_index=n) for n in range(50)])
+    assert lines[0] == "50 rollouts: 50 waiting for a server"
+    assert lines[1] == "nothing settled for 12.3 s"
+    assert sum("123456.7" in line for line in lines) == 40
+    assert lines[-1] == "… and 10 younger ones"
+
+
+def test_a_line_of_the_table_tells_one_server_from_another() -> None:
+    lines = table_of([generating(n, f"http://10.0.0.12:{8000 + n}") for n in range(2)])
+    assert lines[-2:] == [
+        "rollout-7[0]      3456.7 123456 generating on 10.0.0.12:8000 (v12)",
+        "rollout-7[1] eval 3455.7 123456 generating on 10.0.0.12:8001 (v12)",
+    ]
+
+
+@pytest.mark.parametrize("host", ["[2001:db8::ff00:42:8329]", "gen-7.inference.svc.cluster.local"])
+@pytest.mark.parametrize("task_id", ["rollout-7", "9f1b7c52-6f0e-4c1e-9d62-0f3a5b8f2d11"])
+def test_a_long_name_takes_another_line_and_is_not_cut(host: str, task_id: str) -> None:
+    lines = table_of([generating(7, f"http://{host}:30000", task_id), WAITING])
+    table = words_of(lines)
+    assert f"{task_id}[7] eval 3449.7 123456 generating on {host}:30000 (v12)" in table
+    assert "waiting for a server" in table
+
+
+def test_a_name_longer_than_a_line_is_broken() -> None:
+    young = dataclasses.replace(WAITING, age_s=1.0)
+    lines = table_of([generating(0, f"http://{'h' * 200}:8000", "t" * 200), young])
+    table = "".join(words_of(lines).split())
+    assert f"{'t' * 200}[0]3456.7123456generatingon{'h' * 200}:8000(v12)" in table
+    assert lines[-1].endswith("waiting for a server")  # the others stay in one line
+
+
+def test_all_that_blocks_and_every_stage_is_told_to_its_end() -> None:
+    members = [dataclasses.replace(WAITING, stage=stage) for stage in Stage for _ in range(1234)]
+    table = words_of(table_of(members, dataclasses.replace(FREE, queued=0, paused=True)))
+    assert ", ".join(f"1234 {stage.value}" for stage in Stage) in table
+    assert "submitted or read that has not started admission is blocked by paused" in table
+
+
+def test_what_there_is_none_of_is_left_out() -> None:
+    assert table_of([])[0] == "0 rollouts"
+    assert table_of([WAITING])[0] == "1 rollout: 1 waiting for a server"
 
 
 def stalls(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -171,7 +232,7 @@ async def test_a_stall_is_logged_with_the_table_and_settlements_put_it_off(
         assert not stalls(caplog)
         await trio.sleep(11)
         (words,) = stalls(caplog)
-        assert words.startswith("nothing settled for 10 s\n1 rollouts: ")
+        assert words.startswith("nothing settled for 10 s\n1 rollout: ")
         assert "rollout-2[0]" in words
         await trio.sleep(10)
         assert len(stalls(caplog)) == 2  # and again

@@ -462,12 +462,74 @@ def test_the_log_is_readable() -> None:
         lambda: Faults(rates={"reset": 0.6, "late": 0.6}),
         lambda: Faults(outage_s=(0, 1)),
         lambda: Faults(late_s=(2, 1)),
+        lambda: Faults(rates={"reset": "x"}),  # type: ignore[arg-type]
+        lambda: Faults(rates=["reset"]),  # type: ignore[arg-type]
+        lambda: Faults(outage_s=3),  # type: ignore[arg-type]
+        lambda: Faults(late_s=(1, 2, 3)),  # type: ignore[arg-type]
+        lambda: Faults(spare=-1),
         lambda: Faults().plan("nothing"),
     ],
 )
 def test_what_is_no_fault_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("death", {"count": 0}, "count must be"),
+        ("death", {"count": -2}, "count must be"),
+        ("death", {"count": 1.5}, "count must be"),
+        ("death", {"path": None}, "path must be text"),
+        ("death", {"path": "inference"}, "path begins with /"),
+        ("failed_load", {"path": "/inference"}, "failed_load happens at no request"),
+        ("reset", {"after_byte": 10}, "'after_byte' says nothing .* there are after_bytes"),
+        ("reset", {"after_bytes": -1}, "after_bytes must be"),
+        ("reset", {"share": 1}, "share of 1"),
+        ("half_load", {"share": 1.5}, "share must be"),
+        ("late", {"seconds": float("nan")}, "seconds must be"),
+        ("late", {"seconds": -1}, "seconds must be"),
+        ("server_error", {"status": 200}, "status must be"),
+        ("slow", {"factor": 0}, "factor must be above 0"),
+        ("slow", {"factor": -1}, "factor must be above 0"),
+        ("slow", {"factor": "4"}, "factor must be"),
+        ("death", {"server": 3}, "server must be text"),
+        ("death", {"server": "http://server_0"}, "'http://server_0' is no server .* http://serv"),
+    ],
+)
+async def test_a_plan_that_can_never_happen_is_refused(
+    autojump_clock: MockClock, kind: str, changes: Any, words: str
+) -> None:
+    async with open_fleet(2) as fleet:
+        with pytest.raises(ConfigError, match=words):
+            fleet.faults.plan(kind, **changes)
+        assert not fleet.faults.active
+
+
+async def test_a_plan_for_a_server_that_never_comes_is_refused_with_the_fleet(
+    autojump_clock: MockClock,
+) -> None:
+    faults = Faults()
+    faults.plan("death", server="http://server-2")
+    with pytest.raises(ConfigError, match="'http://server-2' is no server of this fleet"):
+        async with open_fleet(2, faults=faults):
+            pass
+    async with open_fleet(3, faults=faults) as fleet:
+        with pytest.raises(ConnectFailed):
+            await fleet.request("http://server-2", HEALTH, LIMITS)
+        assert kinds(fleet) == ["death"]
+        async with open_fleet(3) as another:
+            with pytest.raises(ConfigError, match="'http://server-0' is no server of this fleet"):
+                fleet.faults.plan("death", server=another.servers[0])
+
+
+@pytest.mark.parametrize("for_s", [-1, float("nan"), "3"])
+async def test_a_partition_lasts_for_some_seconds(autojump_clock: MockClock, for_s: Any) -> None:
+    async with open_fleet(1) as fleet:
+        with pytest.raises(ConfigError, match="for_s"):
+            fleet.faults.partition(*fleet, for_s=for_s)
+        assert not fleet.servers[0].isolated
 
 
 async def test_faults_belong_to_one_fleet(autojump_clock: MockClock) -> None:

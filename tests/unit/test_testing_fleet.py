@@ -46,6 +46,7 @@ from arealtrio.testing import (
     checkpoint,
     made_by,
     open_fleet,
+    run_virtually,
     simulated_executor,
 )
 from arealtrio.testing.script import load, plan
@@ -112,11 +113,22 @@ def test_recorded_lengths_come_in_order_over_and_over() -> None:
         lambda: SimulatedServerSettings(token_time_s=0),
         lambda: SimulatedServerSettings(speed=float("nan")),
         lambda: SimulatedServerSettings(latency_s=-1),
+        lambda: SimulatedServerSettings(prefill_s=-1),
+        lambda: checkpoint(-1),
+        lambda: run_virtually(trio.sleep, 1, time_limit_s=-1),
+        lambda: run_virtually(trio.sleep, 1, time_limit_s=float("nan")),
+        lambda: run_virtually(_fleet_of, -1),
+        lambda: run_virtually(_fleet_of, 2.5),
     ],
 )
 def test_what_can_not_be_simulated_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()
+
+
+async def _fleet_of(servers: Any) -> None:
+    async with open_fleet(servers):
+        pass
 
 
 # --- the script ------------------------------------------------------------------------------
@@ -210,6 +222,19 @@ async def test_latency_and_loading_take_their_time(autojump_clock: MockClock) ->
         result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
         # pause, label, load, drop the cache, confirm the label, resume
         assert result.seconds == 3.0 + 6 * 0.5
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_prefill_is_of_requests_for_tokens_alone(
+    autojump_clock: MockClock, dialect: Any
+) -> None:
+    settings = SimulatedServerSettings(
+        dialect=dialect, token_time_s=1.0, load_time_s=3.0, latency_s=0.25, prefill_s=0.5
+    )
+    async with simulated_executor(servers=[settings], lengths=FixedLengths(7)) as (executor, _):
+        assert (await executor.engine.agenerate(request([1]))).latency_s == 0.25 + 0.5 + 7
+        result = await executor.update_weights(WeightUpdate.from_disk(checkpoint(1), 1))
+        assert result.seconds < 3.0 + 8 * 0.25
 
 
 @pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
@@ -381,6 +406,20 @@ async def test_a_restart_ends_a_hang(autojump_clock: MockClock) -> None:
         await wait_all_tasks_blocked()
         assert [type(error) for error in errors] == [TransportError]
         assert (await fleet.request(server.address, HEALTH, LIMITS)).status == 200
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan"), float("inf"), 5e-324, "2"])
+async def test_a_speed_that_is_none_is_refused_and_changes_nothing(
+    autojump_clock: MockClock, factor: Any
+) -> None:
+    async with (
+        open_fleet([SLOW], lengths=FixedLengths(7)) as fleet,
+        engine_on(fleet) as (engine, server),
+    ):
+        with pytest.raises(ConfigError, match="factor"):
+            server.slow_down(factor)
+        assert (server.pace.speed, server.paces) == (1.0, 0)
+        assert (await engine.agenerate(request([1, 2]))).latency_s == 7.0
 
 
 async def test_a_generation_outlives_its_server(autojump_clock: MockClock) -> None:

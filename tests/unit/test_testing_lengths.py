@@ -50,6 +50,13 @@ def test_a_line_without_a_length_is_named(tmp_path: Path, text: str, words: str)
         RecordedLengths.from_jsonl(path)
 
 
+def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b'1\n{"tokens": 3, "text": "\xff"}\n')
+    with pytest.raises(ConfigError, match=r"line 2 of .* is not UTF-8"):
+        RecordedLengths.from_jsonl(path, "tokens")
+
+
 def test_a_trace_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RecordedLengths.from_jsonl(tmp_path / "nothing.jsonl")

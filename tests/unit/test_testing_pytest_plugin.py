@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -65,6 +66,55 @@ def test_the_line_repeats_the_failure_alone(pytester: pytest.Pytester) -> None:
     again.assert_outcomes(failed=1)
     more = pytester.runpytest_subprocess(*PLUGIN, "--simulation-seeds", "2", "-k", "plain")
     more.assert_outcomes(passed=2, deselected=7)
+
+
+def test_a_mark_may_name_its_count(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(TESTS.replace("seeds(10)", "seeds(count=10)"))
+    result = pytester.runpytest_subprocess(*PLUGIN, "-k", "fails")
+    result.assert_outcomes(passed=9, failed=1, deselected=6)
+
+
+def test_a_mark_without_a_count_is_an_error_that_names_the_test(pytester: pytest.Pytester) -> None:
+    wrong = ["", "0", "-1", "True", "'3'", "2, 3", "counts=3", "2, count=3"]
+    for number, count in enumerate(wrong):
+        text = TESTS.replace("seeds(10)", f"seeds({count})")
+        pytester.makepyfile(**{f"test_wrong_{number}": text})
+    result = pytester.runpytest_subprocess(*PLUGIN)
+    result.assert_outcomes(errors=len(wrong))
+    for number in range(len(wrong)):
+        line = f"test_wrong_{number}.py::test_that_fails: write @pytest.mark.seeds(N), *"
+        result.stdout.fnmatch_lines([line])
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_an_option_without_a_count_runs_nothing(pytester: pytest.Pytester, count: str) -> None:
+    pytester.makepyfile(TESTS)
+    result = pytester.runpytest_subprocess(*PLUGIN, f"--simulation-seeds={count}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*argument --simulation-seeds: *"])
+
+
+def test_the_line_is_for_the_shell_it_is_printed_in(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makeini("[pytest]")
+    path = pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.parametrize("text", ["it's", "$(x y)::z]"])
+        def test_that_fails(simulation_seed, text):
+            assert not text
+    """)
+    monkeypatch.chdir(pytester.mkdir("elsewhere"))
+    result = pytester.runpytest_subprocess(*PLUGIN, f"../{path.name}")
+    result.assert_outcomes(failed=2)
+    lines = [line.partition("repeat with: ")[2] for line in result.outlines if "repeat" in line]
+    assert len(lines) == 2
+    for line in lines:
+        command, *arguments = shlex.split(line)
+        assert command == "pytest"
+        pytester.runpytest_subprocess(*PLUGIN, *arguments).assert_outcomes(failed=1)
 
 
 def test_the_kit_works_where_there_is_no_pytest() -> None:

@@ -25,7 +25,7 @@ from arealtrio.testing import (
 from arealtrio.types import HttpRequest, HttpResponse, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
-from .faulty import Fault, faulty_engine, refuses_to_load, unreachable
+from .faulty import Fault, faulty_engine, refuses, refuses_to_load, unreachable
 from .puppet import Deferred, Instant, Puppet, check_counts, prompts, settled
 
 Clock = trio.testing.MockClock
@@ -105,6 +105,64 @@ async def test_a_server_that_fails_is_named_takes_no_traffic_and_comes_back(
             for token in range(10):
                 nursery.start_soon(engine.agenerate, ModelRequest([token]))
         assert engine.statistics()[1].requests == 5
+
+
+async def test_cancelled_while_it_takes_out_a_server_that_failed_it_leaves_no_request_behind(
+    autojump_clock: Clock,
+) -> None:
+    """They stayed frozen on a server that nobody resumes, until the limit of a segment."""
+    async with faulty_engine(length=200) as (engine, faulty):
+        answers: list[ModelResponse] = []
+
+        async def generate(token: int) -> None:
+            answers.append(await engine.agenerate(ModelRequest([token])))
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for token in range(6):
+                    nursery.start_soon(generate, token)
+                await trio.sleep(1)
+                faulty.fault = refuses_to_load(faulty.fleet.addresses[1])
+                faulty.delay_s = lambda path: float("mode=abort" in path)
+                with trio.move_on_after(0.5) as scope:
+                    await update_weights(engine.pool, disk(1))
+                assert scope.cancel_called
+                assert states(engine)[1] == "stale"
+        assert [answer.output_len for answer in answers] == [200] * 6
+
+
+async def test_a_server_that_hangs_holds_up_one_update_and_no_other(autojump_clock: Clock) -> None:
+    """Each paused all the others, for as long as it takes to give the one up that hangs."""
+    async with simulated_executor(servers=4) as (executor, fleet):
+        hung = fleet.servers[3]
+        hung.hang()
+        first = await executor.update_weights(disk(1))
+        assert list(first.failed) == [hung.address]
+        assert first.seconds > 1
+        await trio.sleep(60)
+        for version in (2, 3):
+            result = await executor.update_weights(disk(version))
+            assert result.seconds < 1
+            assert "it does not answer" in result.failed[hung.address]
+            assert len(result.updated) == 3
+        hung.restart()
+        await executor.engine.pool.wait_ready(100)
+        assert hung.scheduler.weight_version == "3"
+
+
+async def test_a_server_that_fails_its_health_checks_alone_takes_the_next_update(
+    autojump_clock: Clock,
+) -> None:
+    """As an SGLang that is frozen does: its health check is a request for a token."""
+    async with faulty_engine() as (engine, faulty):
+        bad = faulty.fleet.addresses[1]
+        faulty.fault = refuses("/collective_rpc", bad)
+        await update_weights(engine.pool, disk(1))
+        faulty.fault = refuses("/health", bad, status=503)
+        await trio.sleep(200)
+        assert states(engine) == ["ready", "stale"]
+        assert not (await update_weights(engine.pool, disk(2))).failed
+        assert states(engine) == ["ready", "ready"]
 
 
 async def test_requests_wait_for_a_server_that_has_the_weights(autojump_clock: Clock) -> None:

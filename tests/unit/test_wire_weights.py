@@ -89,8 +89,12 @@ def test_vllm_says_that_it_failed(name: str) -> None:
 
 
 def test_vllm_sleeps_and_wakes_in_parts() -> None:
-    assert VLLM.sleep(keep_weights=True).path == "/sleep?level=1"
-    assert VLLM.sleep(keep_weights=False).path == "/sleep?level=2"
+    one = VLLM.sleep(VLLM.memory_tags, keep_weights=True)
+    two = VLLM.sleep(["weights"], keep_weights=False)
+    assert one is not None
+    assert two is not None
+    assert (one.path, two.path) == ("/sleep?level=1", "/sleep?level=2")
+    assert VLLM.sleep(["kv_cache"], keep_weights=True) is None
     assert VLLM.wake("kv_cache").path == "/wake_up?tags=kv_cache"
 
 
@@ -137,7 +141,9 @@ def test_sglang_receives_in_a_session_and_drops_its_cache_last() -> None:
 def test_sglang_names_the_memory_that_it_lets_go_of() -> None:
     tags = list(SGLANG.memory_tags)
     assert tags[0] == "weights"
-    assert body(SGLANG.sleep(keep_weights=True)) == {"tags": tags}
+    release = SGLANG.sleep(tags[:2], keep_weights=True)
+    assert release is not None
+    assert body(release) == {"tags": tags[:2]}
     assert body(SGLANG.wake("weights")) == {"tags": ["weights"]}
     SGLANG.parse_control(answer("null"))
 
@@ -146,11 +152,14 @@ def test_sglang_has_an_adapter_already() -> None:
     def refusal(reason: str) -> HttpResponse:
         return answer(json.dumps({"success": False, "error_message": reason}), 400)
 
-    SGLANG.parse_control(refusal("Failed to load LoRA adapter x-v3 because it is already loaded"))
-    with pytest.raises(RequestRejected, match="no such directory"):
-        SGLANG.parse_control(refusal("no such directory"))
-    with pytest.raises(RequestRejected):
-        SGLANG.parse_control(answer("already loaded", 400, "text/plain"))
+    there = refusal("Failed to load LoRA adapter x-v3 because it is already loaded")
+    assert SGLANG.has_adapter(there)
+    assert not VLLM.has_adapter(there)
+    SGLANG.parse_control(there)
+    for wrong in (refusal("no such directory"), answer("already loaded", 400, "text/plain")):
+        assert not SGLANG.has_adapter(wrong)
+        with pytest.raises(RequestRejected):
+            SGLANG.parse_control(wrong)
 
 
 def test_areals_server_has_routes_of_its_own() -> None:
