@@ -105,10 +105,14 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
 async def _restore_and_check(pool: ServerPool, server: Server) -> None:
     """Bring a server to the pool's weights, if it is well.
 
-    One that may be paused can not be asked that before: SGLang answers it by generating.
+    One that may be paused can not be asked that before: SGLang answers it by generating. Whether it
+    answers at all is asked instead.
     """
     may_be_paused = server.frozen or server.state is ServerState.JOINING
-    if not may_be_paused:
+    if may_be_paused:
+        limits = pool.config.control_limits(pool.config.health_timeout_s)
+        await pool.send(server, pool.dialect.weight_version(), limits)
+    else:
         await _check_health(pool, server)
     await pool.discover(server)
     server.version = await _restore(pool, server)
@@ -170,13 +174,9 @@ async def _notice_restart(pool: ServerPool, server: Server) -> None:
 
     So is one that takes none and started at another time. One that was given labels and never told
     one may be the same process still, and have whatever it was sent.
-
-    The label of what it started with is set at once, so that the next process is told from it too,
-    if it sleeps before it has weights again.
     """
     if server.label_seen and server.info.weight_version is None:
         _forget(server)
-        await pool.label(server, 0)
     if server.labelled:
         return
     started = await pool.start_of(server)

@@ -20,6 +20,7 @@ from arealtrio.testing import (
 )
 from arealtrio.types import HttpRequest, ModelRequest
 from arealtrio.weights import WeightUpdate, update_weights
+from arealtrio.wire.dialect import Dialect
 
 from .faulty import faulty_engine, refuses
 from .observed import observed_engine
@@ -35,6 +36,12 @@ def two_of(dialect: Any) -> list[SimulatedServerSettings]:
 
 def config_for(fleet: SimulatedFleet, dialect: Any, **more: Any) -> RolloutConfig:
     return RolloutConfig(servers=fleet.addresses, backend=dialect, vocab_size=50_000, **more)
+
+
+def asleep(dialect: Dialect, *, keep_weights: bool) -> HttpRequest:
+    request = dialect.sleep(dialect.memory_tags, keep_weights=keep_weights)
+    assert request is not None
+    return request
 
 
 async def tell(fleet: SimulatedFleet, config: RolloutConfig, *requests: HttpRequest) -> None:
@@ -81,7 +88,7 @@ async def test_what_was_left_asleep_is_woken_and_serves_once_it_has_weights(
     vllm = make_dialect("vllm")
     async with open_fleet(two_of("vllm"), lengths=FixedLengths(20)) as fleet:
         config = config_for(fleet, "vllm", no_server_grace_s=5.0)
-        await tell(fleet, config, vllm.pause("abort"), vllm.sleep(keep_weights=False))
+        await tell(fleet, config, vllm.pause("abort"), asleep(vllm, keep_weights=False))
         async with open_engine(config, transport=fleet) as engine:
             assert not any(server.asleep for server in fleet)
             assert states(engine) == ["stale", "stale"]
@@ -103,7 +110,7 @@ async def test_a_server_that_is_added_is_taken_up_likewise(
         await update_weights(engine.pool, disk(1))
         late = faulty.fleet.addresses[1]
         vllm = engine.pool.dialect
-        left = vllm.pause("keep") if request_before == "pause" else vllm.sleep(keep_weights=True)
+        left = vllm.pause("keep") if request_before == "pause" else asleep(vllm, keep_weights=True)
         await faulty.fleet.request(late, left, engine.config.control_limits(5.0))
         engine.pool.fleet.add(late)
         await engine.pool.wait_ready(60)
