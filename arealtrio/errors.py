@@ -16,7 +16,7 @@
        │  ├─ TransportTimeout              a named limit passed
        │  └─ ResponseTooLarge              the answer is above the named size
        ├─ ServerError                      the server answered 5xx
-       ├─ RequestRejected                  the server answered 4xx: what it refuses, or not now
+       ├─ RequestRejected                  the server answered 4xx: it refuses what was asked
        ├─ ProtocolError                    the answer does not follow the dialect
        ├─ NoServerAvailable                no server could take the request
        ├─ DeadlineExceeded                 the rollout's own deadline passed
