@@ -108,7 +108,7 @@ async def _restore_and_check(pool: ServerPool, server: Server) -> None:
     One that may be paused can not be asked that before: SGLang answers it by generating. Whether it
     answers at all is asked instead.
     """
-    may_be_paused = server.frozen or server.state is ServerState.JOINING
+    may_be_paused = _may_be_paused(server)
     if may_be_paused:
         limits = pool.config.control_limits(pool.config.health_timeout_s)
         await pool.send(server, pool.dialect.weight_version(), limits)
@@ -118,6 +118,11 @@ async def _restore_and_check(pool: ServerPool, server: Server) -> None:
     server.version = await _restore(pool, server)
     if may_be_paused:
         await _check_health(pool, server)
+
+
+def _may_be_paused(server: Server) -> bool:
+    """Whether somebody left it so: an update of this run that failed, or a run before."""
+    return server.frozen or server.state is ServerState.JOINING
 
 
 async def _check_health(pool: ServerPool, server: Server) -> None:
@@ -148,7 +153,8 @@ async def _restore(pool: ServerPool, server: Server) -> int:
             await pool.label(server, version)
     await pool.confirm(server, version)
     server.tainted = False
-    await let_generate(pool, server)
+    if _may_be_paused(server):
+        await let_generate(pool, server)
     return version
 
 
