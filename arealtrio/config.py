@@ -118,7 +118,8 @@ class RolloutConfig:
         abort_timeout_s: One request that aborts another; nothing waits longer for it, and for half
             a second at most once the run closes.
         health_timeout_s: One health check. SGLang's takes a second when idle.
-        health_interval_s: Between two health checks of a serving server.
+        health_interval_s: Between two health checks of a serving server, which tell as well
+            whether it was restarted.
         eject_after_failures: Requests and health checks in a row that eject a server. One that
             refuses connections is ejected however many are left; on any other sign, never the last
             half of the fleet.

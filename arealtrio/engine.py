@@ -22,6 +22,7 @@ from .errors import (
     ConfigError,
     InvalidRequest,
     ProtocolError,
+    RequestRejected,
     ResponseTooLarge,
     RolloutError,
     ServerError,
@@ -34,6 +35,7 @@ from .memory import Memory
 from .ordering import Origin
 from .pressure import relieve_pressure
 from .provenance import versions_of
+from .restarts import take_out_if_restarted
 from .servers import Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
 from .tally import EngineStatistics, Tally
@@ -55,6 +57,7 @@ from .wire.vllm_areal import ArealVllmDialect
 
 logger = logging.getLogger(__name__)
 
+NOT_FOUND = 404  # the route, or the model that is named (RFC 9110 §15.5.5)
 UNAVAILABLE = 503  # not now (RFC 9110 §15.6.4): the request was not begun
 
 
@@ -126,10 +129,11 @@ class RemoteEngine:
     ) -> ModelResponse:
         """Generate one answer.
 
-        A server that dies, resets, times out, answers 5xx or nonsense costs time only: the
-        generation goes on elsewhere with the tokens it has, at the head of the queue, up to
-        ``max_failovers`` times. With ``segment_tokens`` no more than that many are made again;
-        with ``streaming``, none of those that came.
+        A server that dies, resets, times out, answers 5xx or nonsense, or refuses for a reason
+        that is not the request's, costs time only: the generation goes on elsewhere with the
+        tokens it has, at the head of the queue, up to ``max_failovers`` times. With
+        ``segment_tokens`` no more than that many are made again; with ``streaming``, none of those
+        that came.
 
         Cancelling it, at any moment, gives the slot back, closes the connection, and asks the
         server that owns the request to abort it, for at most ``abort_timeout_s``.
@@ -148,7 +152,8 @@ class RemoteEngine:
 
         Raises:
             InvalidRequest: If no server should see this request; nothing was sent.
-            RequestRejected: If a server refused the request (4xx); it is never sent again.
+            RequestRejected: If a server refused the request for what it asks (4xx); it is never
+                sent again.
             RolloutError: If ``max_failovers`` or ``max_interruptions`` is used up, or if going on
                 would not be exact.
         """
@@ -297,7 +302,11 @@ class RemoteEngine:
                 generation.arrived = None
             except ResponseTooLarge:  # it would be as large anywhere
                 raise
-            except (TransportError, ServerError, ProtocolError) as exc:
+            except (TransportError, ServerError, ProtocolError, RequestRejected) as exc:
+                if isinstance(exc, RequestRejected) and not await self._is_the_servers(
+                    exc, lease, segment
+                ):
+                    raise
                 generation.arrived = None
                 if lease.version <= lease.server.version:  # else it went back, as it was told to
                     self.pool.ejection.failed(lease.server, exc)
@@ -313,6 +322,27 @@ class RemoteEngine:
         if generation.stop_reason == "abort" and not generation.finished:
             self._check_interruptions(generation)
         return True
+
+    async def _is_the_servers(
+        self, refusal: RequestRejected, lease: Lease, segment: SegmentRequest
+    ) -> bool:
+        """Whether a refusal is for the state of the server, and says nothing of the request.
+
+        A server that was restarted has no adapter that the pool gave it, perhaps not the route, or
+        other limits. A model, or an adapter that no update brought, is the caller's to name right.
+        """
+        named = lease.adapter_version is None and (segment.gconfig.lora_name or self.config.model)
+        misnamed = refusal.status == NOT_FOUND and named
+        if await self._can_not_judge(lease.server):
+            return True
+        return not refusal.is_of_the_content and not misnamed
+
+    async def _can_not_judge(self, server: Server) -> bool:
+        """Whether a server is not the one that the pool takes it for, or does not even tell."""
+        try:
+            return await take_out_if_restarted(self.pool, server)
+        except RolloutError:
+            return True
 
     def _parser_for(self, server: Server, generation: Generation) -> StreamParser | None:
         """Where a streamed answer is collected; None to ask for it in one piece.
@@ -430,7 +460,7 @@ class RemoteEngine:
                 assert arrived is not None
                 return arrived.answer()
             return dialect.parse_generate(response, server.info, chat=bool(segment.messages))
-        except (ServerError, ProtocolError) as exc:
+        except (ServerError, ProtocolError, RequestRejected) as exc:
             exc.add_note(f"server: {server.address}")
             raise
 
@@ -495,7 +525,8 @@ class RemoteEngine:
 def _made_at_most(segment: SegmentRequest, error: RolloutError) -> int:
     """Tokens that a server may have made that failed without a word on them."""
     never_began = isinstance(error, TransportError) and not error.request_sent
-    refused = isinstance(error, ServerError) and error.status == UNAVAILABLE
+    busy = isinstance(error, ServerError) and error.status == UNAVAILABLE
+    refused = busy or isinstance(error, RequestRejected)
     return 0 if never_began or refused else segment.max_new_tokens
 
 

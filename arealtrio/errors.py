@@ -16,7 +16,7 @@
        │  ├─ TransportTimeout              a named limit passed
        │  └─ ResponseTooLarge              the answer is above the named size
        ├─ ServerError                      the server answered 5xx
-       ├─ RequestRejected                  the server answered 4xx: never sent again
+       ├─ RequestRejected                  the server answered 4xx: it refuses what was asked
        ├─ ProtocolError                    the answer does not follow the dialect
        ├─ NoServerAvailable                no server could take the request
        ├─ DeadlineExceeded                 the rollout's own deadline passed
@@ -154,8 +154,15 @@ class ServerError(RolloutError):
         self.status = status
 
 
+NOT_THE_CONTENT = frozenset({401, 403, 404, 405, 407, 408, 421, 425, 426, 429})
+"""4xx that say nothing of what was asked (RFC 9110 §15.5, RFC 8470 §5.2, RFC 6585 §4): who asks, of
+whom, by which route, how fast. Another server may answer the same request, or this one later."""
+
+
 class RequestRejected(RolloutError):
-    """The server answered with a 4xx status: the request is wrong, and stays wrong if sent again.
+    """The server answered with a 4xx status.
+
+    Most of them say that the request is wrong, and stays wrong if it is sent again.
 
     Args:
         message: The server's own short reason.
@@ -165,6 +172,16 @@ class RequestRejected(RolloutError):
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def is_of_the_content(self) -> bool:
+        """Whether it says that what was asked is wrong, and not the state of the server."""
+        return self.status not in NOT_THE_CONTENT
+
+    @property
+    def is_of_the_route(self) -> bool:
+        """Whether the server does not have what was asked for, or not by this method."""
+        return self.status in (404, 405)
 
 
 class ProtocolError(RolloutError):

@@ -1,10 +1,15 @@
-"""The start of a run: every server is waited for, asked what it is, labelled, and taken in."""
+"""The start of a run: every server is waited for, asked what it is, labelled, and taken in.
+
+What another run left asleep or paused is woken and resumed first. Only then is a server asked
+whether it is well: SGLang answers that by generating, and a paused one not at all.
+"""
 
 from __future__ import annotations
 
 import trio
 
 from .errors import NoServerAvailable, RolloutError, TransportError
+from .leftovers import let_generate, wake_left_asleep
 from .servers import Server, ServerPool, ServerState
 
 SETUP_INTERVAL_S = 0.25  # between two looks at a server that is not up yet
@@ -37,10 +42,14 @@ async def _join_one(
 ) -> None:
     while True:  # a server is outside: it is asked at a named interval until it is up
         try:
-            await pool.check_health(server)
             await pool.discover(server)
+            await wake_left_asleep(pool, server)
             server.version = pool.version
             await pool.label(server, pool.version)
+            if not server.labelled:
+                server.started = await pool.start_of(server)
+            await let_generate(pool, server)
+            await pool.check_health(server)
             break
         except RolloutError as exc:
             last_words[server.address] = str(exc)
@@ -48,7 +57,10 @@ async def _join_one(
                 last_words[server.address] = f"not usable: {exc}"
                 all_of_them.cancel()
         await trio.sleep(SETUP_INTERVAL_S)
-    pool.set_state(server, ServerState.READY)
+    if server.tainted:
+        pool.mark_stale(server, "it was found asleep, and may not have kept its weights")
+    else:
+        pool.set_state(server, ServerState.READY)
 
 
 def _may_still_start(error: RolloutError) -> bool:

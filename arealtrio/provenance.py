@@ -17,7 +17,8 @@ def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tupl
 
     The server's own spans win, but for a request with an adapter: it keeps the one it named,
     while the label, and so the spans, follow the newest. Without spans the version pinned when
-    the lease was granted stands, exact unless an update landed on that server since.
+    the lease was granted stands, exact unless an update landed on that server since, or nothing
+    would tell that it was restarted.
 
     Raises:
         ProtocolError: If the server reports weights that nobody told it to load.
@@ -27,7 +28,8 @@ def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tupl
         exact = lease.server.base_version == lease.base_version
         return np.full(count, lease.adapter_version, dtype=np.int32), exact
     if answer.versions is None:
-        exact = lease.server.version == lease.version
+        first = pool.recipe == ()  # what a server starts with, it has whoever restarts it
+        exact = lease.server.version == lease.version and (lease.server.tells_restarts or first)
         return np.full(count, lease.version, dtype=np.int32), exact
     versions = np.full(count, lease.version, dtype=np.int32)
     exact = True

@@ -41,6 +41,7 @@ class Server:
         told: The newest it was told to load, confirmed or not.
         labelled: It carries a label that we gave it, so what it reports can be held to that.
         label_seen: It told a label since then: one that tells none after that is another process.
+        started: When its process started, in seconds since 1970, where it tells that and no label.
         state: Whether it takes requests.
         reason: Why it is out of order, in words.
         requests: Generation requests sent to it since the pool opened.
@@ -70,6 +71,7 @@ class Server:
     told: int = 0
     labelled: bool = False
     label_seen: bool = False
+    started: float | None = None
     state: ServerState = ServerState.JOINING
     reason: str = ""
     requests: int = 0
@@ -99,6 +101,11 @@ class Server:
         """Note the label that it reports, if any, while nobody sends it weights."""
         if version is not None:
             self.label_seen, self.loading = True, False
+
+    @property
+    def tells_restarts(self) -> bool:
+        """Whether it would be found out, some time, if it were restarted."""
+        return self.labelled or self.started is not None
 
     @property
     def allowed(self) -> int:

@@ -331,7 +331,8 @@ class ServerPool:
     ) -> None:
         """Make ``version`` the version of the pool, in either direction (recovery goes back).
 
-        Going back fails what waits for weights that are given up by it.
+        Who joined or returned during the update, and missed it, is out of service before anything
+        is handed out. Going back fails what waits for weights that are given up by it.
 
         Args:
             version: The version.
@@ -345,12 +346,20 @@ class ServerPool:
         if has_base:
             self.base_version = version
         self.told(version)
-        self._lowest = version
         self._leases.fail(
             lambda waiter: self._will_not_come(waiter.min_version),
             lambda waiter: self._went_back(waiter.min_version),
         )
+        self.take_out_outdated()
+        self._lowest = version
         self._leases.hand_over()
+
+    def take_out_outdated(self) -> None:
+        """Take out of service who has not the pool's weights, nor newer ones of an update now."""
+        for server in self.servers:
+            if server.state in IN_SERVICE and not self.is_current(server.version):
+                missed = f"missed the update to version {self.version}"
+                self.mark_stale(server, f"{missed}: it has {server.version}")
 
     def _will_not_come(self, version: int) -> bool:
         return self._newest_told < version <= self._abandoned
@@ -456,7 +465,7 @@ class ServerPool:
             request = self.dialect.label_weights(version)
             await self.control(server, request, self.config.control_timeout_s)
         except RequestRejected as exc:
-            if exc.status not in (404, 405):
+            if not exc.is_of_the_route:
                 raise
             server.labelled = False
         else:
@@ -466,9 +475,12 @@ class ServerPool:
         """Ask a server which weights it has; raise if it is to have others.
 
         Raises:
-            ProtocolError: It reports another version than it was given.
+            ProtocolError: It reports another version than it was given; or, where it reports none,
+                it is another process than the one that was last looked at.
         """
         if not server.labelled:
+            if await self.is_another_process(server):
+                raise ProtocolError("it was restarted, before it had the weights or after")
             return
         limits = self.config.control_limits(self.config.control_timeout_s)
         response = await self.send(server, self.dialect.weight_version(), limits)
@@ -476,3 +488,21 @@ class ServerPool:
         server.tells_label(reported)
         if reported != version:
             raise ProtocolError(f"it reports version {reported} after it was given {version}")
+
+    async def is_another_process(self, server: Server) -> bool:
+        """Whether a server that takes no label was restarted since it was last looked at."""
+        if server.started is None:
+            return False
+        return await self.start_of(server) not in (None, server.started)
+
+    async def start_of(self, server: Server) -> float | None:
+        """When the process of a server started; None where it does not tell."""
+        question = self.dialect.started()
+        if question is None:
+            return None
+        limits = self.config.control_limits(self.config.health_timeout_s)
+        response = await self.send(server, question, limits)
+        try:
+            return self.dialect.parse_started(response)
+        except (RequestRejected, ProtocolError):  # it has no such page, or another
+            return None

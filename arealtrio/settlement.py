@@ -18,9 +18,11 @@ def classify(error: BaseException) -> FailureKind:
     """Say whose failure an exception is.
 
     What a server or the way to it raised is infrastructure; a prompt that no server should see, or
-    that one refused, is data; anything else came out of the user's own code.
+    that one refused for what it is, is data; anything else came out of the user's own code.
     """
-    if isinstance(error, (InvalidRequest, RequestRejected)):
+    if isinstance(error, InvalidRequest):
+        return FailureKind.DATA
+    if isinstance(error, RequestRejected) and error.is_of_the_content:
         return FailureKind.DATA
     if isinstance(error, RolloutError) and not isinstance(error, WorkflowError):
         return FailureKind.INFRASTRUCTURE

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import trio
 
 from .errors import RolloutError
+from .leftovers import let_generate, wake_left_asleep
 from .memory import rouse
+from .restarts import take_out_if_restarted
 from .servers import (
     IN_SERVICE,
     OUT_OF_ORDER,
@@ -57,26 +59,11 @@ async def _check_regularly(pool: ServerPool, server: Server) -> None:
 async def _check_once(pool: ServerPool, server: Server) -> None:
     try:
         await pool.check_health(server)
-        restarted = await _has_lost_its_label(pool, server)
+        await take_out_if_restarted(pool, server)
     except RolloutError as exc:
         pool.ejection.unhealthy(server, exc)
-        return
-    pool.ejection.healthy(server)
-    if restarted and server.state is ServerState.READY:
-        pool.mark_stale(server, "it was restarted, and has its first weights")
-        server.cut_off()
-
-
-async def _has_lost_its_label(pool: ServerPool, server: Server) -> bool:
-    """Whether a server is another process now. One whose answers tell their versions is not asked.
-
-    Nor is one that is being updated: its label and its weights change one after the other.
-    """
-    if server.info.token_in_token_out or not server.labelled or server.control_lock.locked():
-        return False
-    limits = pool.config.control_limits(pool.config.health_timeout_s)
-    response = await pool.send(server, pool.dialect.weight_version(), limits)
-    return pool.dialect.parse_weight_version(response) is None
+    else:
+        pool.ejection.healthy(server)
 
 
 async def _bring_back(pool: ServerPool, server: Server) -> None:
@@ -106,16 +93,41 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
     with trio.CancelScope() as server.restoring:  # an update with newer weights ends it
         async with server.control_lock:
             try:
-                await pool.check_health(server)
-                pool.ejection.healthy(server)
-                await pool.discover(server)
-                server.version = await _restore(pool, server)
+                await _restore_and_check(pool, server)
             except RolloutError as exc:
                 server.reason = f"{type(exc).__name__}: {exc}"
                 pool.ejection.unhealthy(server, exc)
             else:
                 _take_back(pool, server)
     server.restoring = None
+
+
+async def _restore_and_check(pool: ServerPool, server: Server) -> None:
+    """Bring a server to the pool's weights, if it is well.
+
+    One that may be paused can not be asked that before: SGLang answers it by generating. Whether it
+    answers at all is asked instead.
+    """
+    may_be_paused = _may_be_paused(server)
+    if may_be_paused:
+        limits = pool.config.control_limits(pool.config.health_timeout_s)
+        await pool.send(server, pool.dialect.weight_version(), limits)
+    else:
+        await _check_health(pool, server)
+    await pool.discover(server)
+    server.version = await _restore(pool, server)
+    if may_be_paused:
+        await _check_health(pool, server)
+
+
+def _may_be_paused(server: Server) -> bool:
+    """Whether somebody left it so: an update of this run that failed, or a run before."""
+    return server.frozen or server.state is ServerState.JOINING
+
+
+async def _check_health(pool: ServerPool, server: Server) -> None:
+    await pool.check_health(server)
+    pool.ejection.healthy(server)
 
 
 def _take_back(pool: ServerPool, server: Server) -> None:
@@ -127,7 +139,9 @@ def _take_back(pool: ServerPool, server: Server) -> None:
 
 async def _restore(pool: ServerPool, server: Server) -> int:
     """Give a server the pool's weights, unless it has them, and let it generate again."""
-    _notice_restart(server)
+    await _notice_restart(pool, server)
+    if server.state is ServerState.JOINING:
+        await wake_left_asleep(pool, server)
     await rouse(pool, server)
     version = server.version
     if not _has_its_weights(pool, server):
@@ -139,8 +153,8 @@ async def _restore(pool: ServerPool, server: Server) -> int:
             await pool.label(server, version)
     await pool.confirm(server, version)
     server.tainted = False
-    if server.frozen:
-        await pool.pausing.resume(server)
+    if _may_be_paused(server):
+        await let_generate(pool, server)
     return version
 
 
@@ -161,19 +175,32 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
     return base_version if recipe else server.info.weight_version
 
 
-def _notice_restart(server: Server) -> None:
+async def _notice_restart(pool: ServerPool, server: Server) -> None:
     """A server that had our label and has none is another process, with its first weights.
 
-    What it was sent before that was noticed is made by them, and of no use. One that was given
-    labels and never told one may be the same process still, and have whatever it was sent; so may
-    one that was restarted while it was sent weights.
+    So is one that takes none and started at another time. One that was given labels and never told
+    one may be the same process still, and have whatever it was sent.
     """
     if server.label_seen and server.info.weight_version is None:
-        server.labelled = server.label_seen = False
-        server.version = 0  # a label that it takes on by mistake must not name what it had before
-        server.unwoken.clear()
-        server.tainted = server.loading
-        server.cut_off()
+        _forget(server)
+    if server.labelled:
+        return
+    started = await pool.start_of(server)
+    if None not in (started, server.started) and started != server.started:
+        _forget(server)
+    server.started = started
+
+
+def _forget(server: Server) -> None:
+    """Forget what the process before had; what it made by first weights is of no use.
+
+    One that was restarted while it was sent weights may have them.
+    """
+    server.labelled = server.label_seen = False
+    server.version = server.base_version = 0  # no label must name what it had before
+    server.unwoken.clear()
+    server.tainted = server.loading
+    server.cut_off()
 
 
 def _has_its_base(pool: ServerPool, server: Server) -> bool:
@@ -211,7 +238,7 @@ def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
         )
     if not pool.recipe and (server.tainted or (server.labelled and reported is not None)):
         raise RolloutError(
-            "its weights are not those that it started with, and no update of this run can be "
+            "its weights may not be those that it started with, and no update of this run can be "
             "repeated; it returns with the next, or when it is restarted"
         )
     return pool.recipe

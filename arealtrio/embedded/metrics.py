@@ -13,13 +13,14 @@ Sample = tuple[dict[str, str], float]
 Family = tuple[str, str, str, Iterable[Sample]]  # name, kind, text, samples
 
 
-def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
+def metrics_page(scheduler: Scheduler, *, model: str, requests: int, started: float) -> str:
     """Return the page.
 
     Args:
         scheduler: Whose state to show.
         model: The label ``model_name``.
         requests: Generate requests received since the start, refused ones included.
+        started: When the server started, in seconds since 1970.
     """
     counters = scheduler.counters
     labels = {"engine": "0", "model_name": model}
@@ -28,6 +29,8 @@ def metrics_page(scheduler: Scheduler, *, model: str, requests: int) -> str:
         for reason, count in counters.finished.items()
     ]
     families: list[Family] = [
+        ("process_start_time_seconds", "gauge",
+         "Start time of the process since unix epoch in seconds.", [({}, started)]),
         ("vllm:num_requests_running", "gauge", "Number of requests in model execution batches.",
          [(labels, len(scheduler.running))]),
         ("vllm:num_requests_waiting", "gauge", "Number of requests waiting to be processed.",
@@ -64,12 +67,13 @@ def write_page(families: Iterable[Family]) -> str:
 
 def _family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
     lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-    lines += [f"{name}{{{_labels(labels)}}} {float(value)}" for labels, value in samples]
+    lines += [f"{name}{_labels(labels)} {float(value)}" for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
 def _labels(labels: dict[str, str]) -> str:
-    return ",".join(f'{key}="{_escaped(value)}"' for key, value in sorted(labels.items()))
+    shown = ",".join(f'{key}="{_escaped(value)}"' for key, value in sorted(labels.items()))
+    return f"{{{shown}}}" if shown else ""
 
 
 def _escaped(value: str) -> str:

@@ -69,7 +69,8 @@ class VllmFace:
         self._settings = settings
         self._transfer = WeightTransfer(engine)
         self._adapters = VllmAdapters(engine.adapters)
-        self._started = int(engine.unix_time())
+        self._started_at = engine.unix_time()
+        self._started = int(self._started_at)
         self._requests = 0
 
     def routes(self) -> list[BaseRoute]:
@@ -257,6 +258,7 @@ class VllmFace:
             self._engine.scheduler,
             model=self._settings.served_model_name,
             requests=self._requests,
+            started=self._started_at,
         )
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 

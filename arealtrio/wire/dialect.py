@@ -237,6 +237,18 @@ class Dialect(WeightRequests, Protocol):
     def parse_load(self, response: HttpResponse) -> ServerLoad:
         """Read them."""
 
+    def started(self) -> HttpRequest | None:
+        """Ask when its process started, which no other has in common; None: it does not tell."""
+
+    def parse_started(self, response: HttpResponse) -> float | None:
+        """Read it, in seconds since 1970; None where the server does not tell after all."""
+
+    def sleeping(self) -> HttpRequest | None:
+        """Ask whether it sleeps; None where no server of this kind tells."""
+
+    def parse_sleeping(self, response: HttpResponse) -> bool:
+        """Read it; a server without the route does not sleep."""
+
     def weight_version(self) -> HttpRequest:
         """Ask for the label of the weights it serves."""
 

@@ -319,6 +319,22 @@ class SglangDialect(SglangWeights):
             kv_cache_usage=max(usage, default=0.0),
         )
 
+    def started(self) -> HttpRequest | None:
+        """SGLang does not tell."""
+        return None
+
+    def parse_started(self, response: HttpResponse) -> float | None:  # noqa: ARG002  likewise
+        """Nothing."""
+        return None
+
+    def sleeping(self) -> HttpRequest | None:
+        """SGLang does not tell, and one that is awake dies of being woken."""
+        return None
+
+    def parse_sleeping(self, response: HttpResponse) -> bool:  # noqa: ARG002  nothing is asked
+        """Nothing."""
+        return False
+
     def weight_version(self) -> HttpRequest:
         """Ask for the label."""
         return body.get("/model_info")

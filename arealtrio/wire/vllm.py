@@ -62,6 +62,8 @@ LOAD_METRICS: Final = {
     "vllm:kv_cache_usage_perc": False,  # a share, in spite of its name
 }
 
+PROCESS_START: Final = "process_start_time_seconds"
+
 # Whether the values that a mode gives are of the distribution that was sampled from.
 LOGPROBS_MODES: Final = {"raw_logprobs": False, "processed_logprobs": True}
 
@@ -155,6 +157,10 @@ class _ServerInfo(msgspec.Struct):
 
 class _WeightInfo(msgspec.Struct):
     weight_version: str
+
+
+class _Sleep(msgspec.Struct):
+    is_sleeping: bool
 
 
 class _Control(msgspec.Struct):
@@ -346,6 +352,25 @@ class VllmDialect(VllmWeights):
             preemptions=int(sum(preemptions)),
             kv_cache_usage=max(usage, default=0.0),
         )
+
+    def started(self) -> HttpRequest | None:
+        """Ask for the gauges, among which it is."""
+        return body.get("/metrics")
+
+    def parse_started(self, response: HttpResponse) -> float | None:
+        """Read it; several processes in front of one engine (``--api-server-count``) tell none."""
+        found = metrics.read_samples(response, SERVER, {PROCESS_START: False})[PROCESS_START]
+        return found[0] if len(found) == 1 else None
+
+    def sleeping(self) -> HttpRequest | None:
+        """Ask a development route; a server without them can not be put to sleep either."""
+        return body.get("/is_sleeping")
+
+    def parse_sleeping(self, response: HttpResponse) -> bool:
+        """Read it, whether all of its memory sleeps or a part."""
+        if response.status == 404:
+            return False
+        return body.read(response, _Sleep, SERVER, "whether it sleeps").is_sleeping
 
     def weight_version(self) -> HttpRequest:
         """Ask for the label."""

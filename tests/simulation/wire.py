@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from arealtrio.errors import TransportError
+from arealtrio.errors import RequestRejected, TransportError
 from arealtrio.transport import RESPONSE_SIZE_BYTES_MAX
 from arealtrio.types import HttpRequest, HttpResponse, TimeLimits
 
@@ -15,6 +15,8 @@ from . import invariants as hold
 from .history import History
 
 _ID = re.compile(rb'"(?:request_id|rid)":\s*"([^"]+)"')
+_LABEL = ("/weight_info", "/model_info")
+_INTEGER_LABEL = re.compile(rb'"weight_version":\s*"\d+"')
 _GENERATE = ("/v1/completions", "/inference/v1/generate", "/generate")
 
 
@@ -29,7 +31,7 @@ class WatchedTransport:
     def __init__(self, transport: Any, history: History) -> None:
         self._transport = transport
         self._history = history
-        self._refused: set[str] = set()  # stems of ids
+        self._refused: dict[str, str] = {}  # stem of an id -> server
         self._given_up: dict[str, str] = {}  # request id -> server
         self._aborted: set[tuple[str, bytes]] = set()
 
@@ -47,7 +49,9 @@ class WatchedTransport:
             response: HttpResponse = await self._transport.request(
                 base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
             )
-            self._answered(request_id, response.status)
+            self._answered(request_id, response.status, base_url)
+            if request.path in _LABEL and not _INTEGER_LABEL.search(response.body):
+                self._is_in_doubt(base_url)
             return response
 
     @asynccontextmanager
@@ -65,7 +69,7 @@ class WatchedTransport:
             async with self._transport.stream(
                 base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
             ) as response:
-                self._answered(request_id, response.status)
+                self._answered(request_id, response.status, base_url)
                 yield response
 
     async def aclose(self) -> None:
@@ -82,14 +86,24 @@ class WatchedTransport:
         try:
             yield request_id
         except BaseException as exc:
+            if request.path in _LABEL:
+                self._is_in_doubt(base_url)
             unsent = isinstance(exc, TransportError) and not exc.request_sent
             if request_id and not unsent:
                 self._given_up[request_id] = base_url
             raise
 
-    def _answered(self, request_id: str, status: int) -> None:
-        if request_id and 400 <= status < 500 and status not in (408, 429):
-            self._refused.add(request_id.rpartition("-")[0])
+    def _answered(self, request_id: str, status: int, base_url: str) -> None:
+        if (
+            request_id
+            and 400 <= status < 500
+            and RequestRejected("", status=status).is_of_the_content
+        ):
+            self._refused[request_id.rpartition("-")[0]] = base_url
+
+    def _is_in_doubt(self, base_url: str) -> None:
+        """Whoever refused may be another process than was asked: the request may go elsewhere."""
+        self._refused = {stem: at for stem, at in self._refused.items() if at != base_url}
 
     def closed(self) -> None:
         """The executor has ended: whatever it gave up, it has aborted."""

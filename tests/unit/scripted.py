@@ -44,7 +44,7 @@ class Scripted:
             return HttpResponse(405, {}, b"")
         if request.path == "/weight_info":
             return HttpResponse(200, {}, b'{"weight_version":"0"}')
-        if request.path.startswith("/server_info"):
+        if request.path.startswith(("/server_info", "/is_sleeping")):
             return HttpResponse(404, {}, b"")
         return HttpResponse(200, {}, b"")
 

@@ -293,10 +293,12 @@ def ssl_context(authority: trustme.CA) -> Any:
 async def serve_tls(context: Any, task_status: trio.TaskStatus[Any]) -> None:
     """Answer everything with 418, which no client asks again."""
 
+    head = b"HTTP/1.1 418 teapot\r\nconnection: close\r\ncontent-length: 6\r\n\r\n"
+
     async def answer(stream: Any) -> None:
         try:
             await stream.receive_some(4096)
-            await stream.send_all(b"HTTP/1.1 418 teapot\r\ncontent-length: 6\r\n\r\nteapot")
+            await stream.send_all(head + b"teapot")
         except trio.BrokenResourceError:
             return  # the client did not trust us
 

@@ -38,7 +38,7 @@ TOP = (
 SERVING_WING = (
     ("engine", "weights"),
     ("generation", "joining", "lora", "pressure", "provenance", "supervision"),
-    ("memory",),
+    ("leftovers", "memory", "restarts"),
     ("servers",),
     ("ejection", "pausing"),
     ("fleet",),

@@ -314,6 +314,7 @@ async def test_an_adapter_resumes_no_server_that_a_pause_holds(
 ) -> None:
     async with observed_engine(tmp_path, monkeypatch, "vllm") as (engine, seen):
         server = engine.pool.servers[1]
+        seen.forget()
         async with engine.paused():
             server.frozen = True  # as one that was not resumed before
             engine.pool.mark_stale(server, "the test says so")

@@ -36,10 +36,10 @@ def answer(
 async def leased(version: int, *, labelled: bool) -> AsyncIterator[tuple[ServerPool, Lease]]:
     """A slot on the first of two servers, all of which have a version."""
     pool = pool_of({A: 1, B: 1})
-    pool.advance(version, ())
     for server in pool.servers:
         server.version = server.told = server.base_version = version
         server.labelled = labelled
+    pool.advance(version, ())
     with await pool.lease(prefer=A) as lease:
         yield pool, lease
 

@@ -364,3 +364,21 @@ async def test_the_smallest_limit_follows_servers_that_come_speak_and_go(
     assert pool.fleet.smallest("max_model_len") == 500
     pool.fleet.remove(B)
     assert pool.fleet.smallest("max_model_len") == 1000
+
+
+async def test_a_new_version_hands_out_no_slot_of_a_server_that_missed_it() -> None:
+    """A waiter that needs it would be given tokens of older weights, and fail."""
+    pool = pool_of({A: 1, B: 1})
+    new, old = (server_of(pool, address) for address in (A, B))
+    pool.told(1)
+    new.version = 1
+    async with trio.open_nursery() as nursery:
+        holders = Holders(pool, nursery)
+        await holders.start("first", prefer=A)
+        await holders.start("waits", min_version=1)
+        pool.advance(1, ())
+        assert (new.state, old.state) == (ServerState.READY, ServerState.STALE)
+        assert old.reason == "missed the update to version 1: it has 0"
+        await trio.testing.wait_all_tasks_blocked()
+        assert holders.order == ["first"]
+        nursery.cancel_scope.cancel()

@@ -225,9 +225,9 @@ async def test_what_came_before_an_update_of_a_server_that_then_died_is_not_know
 
     def script(turn: int, question: dict[str, Any]) -> Events:
         async def update_and_die() -> None:
-            engines[0].pool.advance(1, ())
             for server in engines[0].pool.servers:
                 server.version = 1
+            engines[0].pool.advance(1, ())
             raise TransportError("it broke off")
 
         if turn == 0:

@@ -807,6 +807,7 @@ async def test_the_end_of_an_update_resumes_no_server_that_failed_it(
     async with faulty_engine() as (engine, faulty):
         bad = faulty.fleet.addresses[1]
         faulty.fault = refuses_to_load(bad)
+        faulty.asked.clear()
         await update_weights(engine.pool, disk(1))
         assert (bad, "/resume") not in faulty.asked
         assert [s.scheduler.pause_mode for s in faulty.fleet] == [None, "abort"]
@@ -1040,12 +1041,12 @@ async def test_a_slow_health_check_blocks_no_generation(autojump_clock: Clock) -
         assert len(carried.answers) >= 16 * (60 // 2 - 1)  # 100 tokens of 20 ms each
 
 
-async def test_an_idle_pool_asks_for_health_alone(autojump_clock: Clock) -> None:
+async def test_an_idle_pool_asks_for_health_and_labels_alone(autojump_clock: Clock) -> None:
     async with faulty_engine() as (engine, faulty):
         faulty.asked.clear()
         await trio.sleep(101)
-        assert {path for _, path in faulty.asked} == {"/health"}
-        assert len(faulty.asked) == 20
+        assert {path for _, path in faulty.asked} == {"/health", "/weight_info"}
+        assert len(faulty.asked) == 40
         assert states(engine) == ["ready", "ready"]
 
 

@@ -392,6 +392,27 @@ def test_weight_version(name: str) -> None:
     assert DIALECT.parse_weight_version(recorded(name)) == LABELS[name]
 
 
+def test_when_its_process_started() -> None:
+    assert DIALECT.started() == HttpRequest("GET", "/metrics")
+    assert DIALECT.parse_started(recorded("metrics_idle.prom")) == 1795407261.69
+    assert DIALECT.parse_started(recorded("metrics_busy.prom")) == 1795409225.77
+    assert DIALECT.parse_started(HttpResponse(200, {}, b"vllm:num_requests_running 1\n")) is None
+
+
+SLEEPING = {"is_sleeping_0.json": False, "is_sleeping_1.json": True, "is_sleeping_2.json": False}
+
+
+@pytest.mark.parametrize("name", sorted(SLEEPING))
+def test_whether_it_sleeps(name: str) -> None:
+    asked = exchange.question(GOLDEN, name)
+    assert DIALECT.sleeping() == HttpRequest(asked["method"], asked["path"])
+    assert DIALECT.parse_sleeping(recorded(name)) is SLEEPING[name]
+
+
+def test_one_without_development_routes_does_not_sleep() -> None:
+    assert DIALECT.parse_sleeping(recorded("err_404.json")) is False
+
+
 # --- discovery ---------------------------------------------------------------------------------
 
 NOT_THERE = HttpResponse(404, {"content-type": "application/json"}, b'{"detail":"Not Found"}')
