@@ -8,7 +8,6 @@ told to abort gives back what it has, and the loop goes on from there.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import secrets
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -54,8 +53,6 @@ from .wire.dialect import Dialect, SegmentRequest, SegmentResponse, StreamParser
 from .wire.sglang import SglangDialect
 from .wire.vllm import VllmDialect
 from .wire.vllm_areal import ArealVllmDialect
-
-logger = logging.getLogger(__name__)
 
 NOT_FOUND = 404  # the route, or the model that is named (RFC 9110 §15.5.5)
 UNAVAILABLE = 503  # not now (RFC 9110 §15.6.4): the request was not begun
@@ -597,11 +594,10 @@ async def open_engine(
 
 
 async def _wake_and_resume_at_the_end(engine: RemoteEngine) -> None:
-    """Leave no server asleep or paused that was made so here; bounded by ``close_timeout_s``."""
+    """Leave no server asleep or paused that was made so here."""
+    if engine.memory.is_lent:
+        await engine.memory.close()
     with trio.move_on_after(engine.config.close_timeout_s, shield=True):
-        if engine.memory.is_lent:
-            for address, error in (await engine.memory.onload()).items():
-                logger.warning("%s may be left asleep, restart it: %s", address, error)
         await engine.pool.pausing.resume_held()
 
 

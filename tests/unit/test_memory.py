@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from arealtrio.config import RolloutConfig
 from arealtrio.controller import RolloutController
-from arealtrio.engine import RemoteEngine
+from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import ConnectFailed, TransportError, UsageError, WeightUpdateError
 from arealtrio.testing import (
     ServerCondition,
@@ -258,13 +258,13 @@ async def test_closing_waits_for_a_server_as_long_as_it_wakes(
     """It gave up after a while, with the weights awake and the cache not, and said nothing."""
     async with faulty_engine(close_timeout_s=10.0) as (engine, faulty):
         faulty.delay_s = lambda path: 6.0 if path.startswith("/wake_up") else 0.0
-        await engine.offload()
         with trio.CancelScope() as scope:
-            scope.cancel()  # as by Ctrl-C
-            await engine.memory.close()
+            async with open_engine(engine.config, transport=faulty) as other:
+                await other.offload()
+                scope.cancel()  # as by Ctrl-C
         assert not any(server.asleep for server in faulty.fleet)
         assert [server.scheduler.pause_mode for server in faulty.fleet] == [None, None]
-        assert not engine.memory.is_lent
+        assert not other.memory.is_lent
         assert not caplog.text
 
 
