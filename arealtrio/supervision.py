@@ -12,6 +12,7 @@ import trio
 
 from .errors import RolloutError
 from .leftovers import let_generate, wake_left_asleep
+from .lora import load_adapter
 from .memory import rouse
 from .restarts import take_out_if_restarted
 from .servers import (
@@ -216,8 +217,7 @@ async def _load_adapters(pool: ServerPool, server: Server) -> None:
                 f"the adapter {adapter.served_name} was sent by the trainer, which alone can do "
                 "that again; it returns with the next update"
             )
-        request = pool.dialect.load_adapter(adapter.served_name, adapter.path)
-        await pool.control(server, request, pool.config.update_timeout_s)
+        await load_adapter(pool, server, adapter)
 
 
 def _has_its_weights(pool: ServerPool, server: Server) -> bool:

@@ -282,12 +282,7 @@ class SglangDialect(SglangWeights):
         return body.post("/update_weight_version", question)
 
     def parse_control(self, response: HttpResponse) -> None:
-        """Read an answer to a command; those about requests and memory say nothing.
-
-        That an adapter of that name is loaded already is for ``has_adapter`` to tell.
-        """
-        if self.has_adapter(response):
-            return
+        """Read an answer to a command; those about requests and memory say nothing."""
         check_status(response, SERVER)
         if response.body in (b"", b"null"):
             return

@@ -37,8 +37,8 @@ TOP = (
 # Under the executor are two wings that know nothing of each other.
 SERVING_WING = (
     ("engine", "weights"),
-    ("generation", "joining", "lora", "pressure", "provenance", "supervision"),
-    ("leftovers", "memory", "restarts"),
+    ("generation", "joining", "pressure", "provenance", "supervision"),
+    ("leftovers", "lora", "memory", "restarts"),
     ("servers",),
     ("ejection", "pausing"),
     ("fleet",),

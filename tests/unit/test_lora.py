@@ -216,6 +216,22 @@ async def test_what_a_failed_update_left_under_that_name_is_replaced(
 
 
 @both_dialects
+async def test_a_server_that_returns_loses_what_it_had_under_that_name(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "before").mkdir()
+    async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, _):
+        late = engine.pool.servers[1]
+        before = engine.pool.dialect.load_adapter("x-v1", str(tmp_path / "before"))
+        await engine.pool.control(late, before, 5)
+        engine.pool.fleet.remove(late.address)
+        await update_weights(engine.pool, lora(tmp_path, 1))
+        engine.pool.fleet.add(late.address)
+        await engine.pool.wait_ready(5)
+        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
+
+
+@both_dialects
 async def test_an_adapter_is_replaced_under_the_requests_that_use_it(
     dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

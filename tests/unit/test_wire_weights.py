@@ -155,9 +155,10 @@ def test_sglang_has_an_adapter_already() -> None:
     there = refusal("Failed to load LoRA adapter x-v3 because it is already loaded")
     assert SGLANG.has_adapter(there)
     assert not VLLM.has_adapter(there)
-    SGLANG.parse_control(there)
-    for wrong in (refusal("no such directory"), answer("already loaded", 400, "text/plain")):
-        assert not SGLANG.has_adapter(wrong)
+    no_path, no_json = refusal("no such directory"), answer("already loaded", 400, "text/plain")
+    assert not SGLANG.has_adapter(no_path)
+    assert not SGLANG.has_adapter(no_json)
+    for wrong in (there, no_path, no_json):
         with pytest.raises(RequestRejected):
             SGLANG.parse_control(wrong)
 
