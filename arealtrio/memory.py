@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from .errors import ProtocolError, RequestRejected, RolloutError, TransportError, UsageError
+from .restarts import was_restarted
 from .servers import Server, ServerPool
 
 logger = logging.getLogger(__name__)
@@ -260,18 +261,9 @@ async def _attempt_wake(
 
 async def _check_not_restarted(pool: ServerPool, server: Server) -> None:
     """Raise for a server that was restarted: another process, which let go of nothing."""
-    if await _was_restarted(pool, server):
+    if await was_restarted(pool, server):
         server.asleep = set()
         raise ProtocolError(RESTARTED_ASLEEP)
-
-
-async def _was_restarted(pool: ServerPool, server: Server) -> bool:
-    """Whether a server lost our label."""
-    if not server.labelled:
-        return False
-    limits = pool.config.control_limits(pool.config.control_timeout_s)
-    response = await pool.send(server, pool.dialect.weight_version(), limits)
-    return pool.dialect.parse_weight_version(response) is None
 
 
 async def wake(pool: ServerPool, server: Server, tag: str) -> None:
@@ -307,7 +299,7 @@ async def rouse(pool: ServerPool, server: Server) -> bool:
     """
     if not server.asleep and not server.unwoken:
         return True
-    if await _was_restarted(pool, server):
+    if await was_restarted(pool, server):
         server.asleep.clear()
         server.unwoken.clear()
         return False

@@ -22,7 +22,7 @@ async def take_out_if_restarted(pool: ServerPool, server: Server) -> bool:
     Raises:
         RolloutError: If it could not be asked.
     """
-    if not await _was_restarted(pool, server):
+    if not await was_restarted(pool, server):
         return False
     if server.state in IN_SERVICE and not server.control_lock.locked():
         pool.mark_stale(server, "it was restarted, and has its first weights")
@@ -30,10 +30,13 @@ async def take_out_if_restarted(pool: ServerPool, server: Server) -> bool:
     return True
 
 
-async def _was_restarted(pool: ServerPool, server: Server) -> bool:
+async def was_restarted(pool: ServerPool, server: Server) -> bool:
     """Whether it lost the label that the pool gave it, or the route that tells it.
 
     One that takes no label is known by its start, where it tells that.
+
+    Raises:
+        RolloutError: If it could not be asked.
     """
     if not server.labelled:
         return await pool.is_another_process(server)

@@ -42,7 +42,7 @@ async def update_weights(pool: ServerPool, update: WeightUpdate) -> WeightUpdate
         try:
             return await _update_all(pool, servers, update, failed=lost)
         finally:
-            _take_out_outdated(pool)
+            pool.take_out_outdated()
 
 
 async def _update_all(
@@ -80,14 +80,6 @@ def _advance(pool: ServerPool, update: WeightUpdate, result: WeightUpdateResult)
     if not update.has_base:
         pool.adapters.switch(update.name, update.path, update.version)
     pool.advance(update.version, _recipe(pool, update), has_base=update.has_base)
-
-
-def _take_out_outdated(pool: ServerPool) -> None:
-    """Take out who joined or returned during the update, or went back in one that failed."""
-    for server in pool.servers:
-        if server.state in IN_SERVICE and not pool.is_current(server.version):
-            missed = f"missed the update to version {pool.version}"
-            pool.mark_stale(server, f"{missed}: it has {server.version}")
 
 
 def _recipe(pool: ServerPool, update: WeightUpdate) -> Sequence[HttpRequest] | None:

@@ -38,7 +38,8 @@ TOP = (
 SERVING_WING = (
     ("engine", "weights"),
     ("generation", "joining", "pressure", "provenance", "supervision"),
-    ("leftovers", "lora", "memory", "restarts"),
+    ("leftovers", "lora", "memory"),
+    ("restarts",),
     ("servers",),
     ("ejection", "pausing"),
     ("fleet",),
