@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from .errors import NoServerAvailable, RolloutError, TransportError
+from .errors import NoServerAvailable, ProtocolError, RolloutError, TransportError
 from .leftovers import let_generate, wake_left_asleep
 from .servers import Server, ServerPool, ServerState
 
@@ -45,9 +45,7 @@ async def _join_one(
             await pool.discover(server)
             await wake_left_asleep(pool, server)
             server.version = pool.version
-            await pool.label(server, pool.version)
-            if not server.labelled:
-                server.started = await pool.start_of(server)
+            await _label(pool, server)
             await let_generate(pool, server)
             await pool.check_health(server)
             break
@@ -61,6 +59,18 @@ async def _join_one(
         pool.mark_stale(server, "it was found asleep, and may not have kept its weights")
     else:
         pool.set_state(server, ServerState.READY)
+
+
+async def _label(pool: ServerPool, server: Server) -> None:
+    """Label a server, and see that it has no other label: it could be that of weights to come."""
+    await pool.label(server, pool.version)
+    if not server.labelled:
+        server.started = await pool.start_of(server)
+    elif (reported := await pool.label_of(server)) not in (None, pool.version):
+        raise ProtocolError(
+            f"it reports version {reported} after it was given {pool.version}: does another "
+            "trainer use it?"
+        )
 
 
 def _may_still_start(error: RolloutError) -> bool:

@@ -482,12 +482,17 @@ class ServerPool:
             if await self.is_another_process(server):
                 raise ProtocolError("it was restarted, before it had the weights or after")
             return
+        reported = await self.label_of(server)
+        if reported != version:
+            raise ProtocolError(f"it reports version {reported} after it was given {version}")
+
+    async def label_of(self, server: Server) -> int | None:
+        """Ask a server for its label; None where it is not a version."""
         limits = self.config.control_limits(self.config.control_timeout_s)
         response = await self.send(server, self.dialect.weight_version(), limits)
         reported = self.dialect.parse_weight_version(response)
         server.tells_label(reported)
-        if reported != version:
-            raise ProtocolError(f"it reports version {reported} after it was given {version}")
+        return reported
 
     async def is_another_process(self, server: Server) -> bool:
         """Whether a server that takes no label was restarted since it was last looked at."""

@@ -10,6 +10,7 @@ from ..adapters import Adapter
 from ..errors import ProtocolError, RolloutError
 from ..lora import load_adapter
 from ..memory import RESTARTED_ASLEEP, rouse, wake
+from ..restarts import was_restarted
 from ..servers import Server, ServerPool
 from .steps import check_base, updated
 from .update import WeightUpdate
@@ -50,6 +51,8 @@ async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     check_base(pool, server)
     if not await rouse(pool, server):
         raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
+    if await was_restarted(pool, server):  # since somebody looked; a label would hide it for good
+        raise ProtocolError("it was restarted, and has its first weights")
     await wake(pool, server, "weights")  # beside which an adapter is loaded
     await load_adapter(pool, server, adapter)
     await pool.label(server, adapter.version)

@@ -17,7 +17,7 @@ from arealtrio import (
     WorkflowExecutor,
     open_executor,
 )
-from arealtrio.errors import StalenessBudgetExhausted, WeightUpdateError
+from arealtrio.errors import NoServerAvailable, StalenessBudgetExhausted, WeightUpdateError
 from arealtrio.testing import (
     FixedLengths,
     ScriptedModel,
@@ -138,6 +138,24 @@ async def test_a_new_process_that_labels_itself_wrongly_has_not_what_the_one_bef
             await trio.sleep(5.0)
             assert (first.scheduler.weight_version, executor.get_version()) == ("1", 0)
         await check_weights(executor, fleet, 1)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_an_adapter_does_not_hide_that_its_server_was_started_again(
+    autojump_clock: MockClock, dialect: Literal["vllm", "sglang"]
+) -> None:
+    """Between two health checks: the adapter lay on the first weights, under the newest label."""
+    settings = [SimulatedServerSettings(dialect=dialect, load_time_s=3.0)] * 2
+    async with simulated_executor(servers=settings) as (executor, fleet):
+        await executor.update_weights(to(1))
+        fleet.servers[0].restart()
+        result = await executor.update_weights(WeightUpdate.lora("policy", "/", 2))
+        assert list(result.failed) == ["http://server-0"]
+        assert "was restarted" in result.failed["http://server-0"]
+        await executor.wait_ready(60.0)
+        models = [server.scheduler.model for server in fleet]
+        assert [model.version for model in models if isinstance(model, ScriptedModel)] == [1, 1]
+        assert {server.scheduler.weight_version for server in fleet} == {"2"}
 
 
 async def test_a_wrong_label_is_set_right_where_there_is_nothing_to_load(
@@ -275,3 +293,22 @@ async def test_a_server_that_did_not_confirm_that_it_woke_is_not_used_asleep(
             executor.submit(prompt, Generates())
         results = await executor.wait(8)
         assert [result.outcome for result in results] == [Outcome.ACCEPTED] * 8
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_a_server_that_takes_on_another_label_as_it_joins_is_refused(
+    autojump_clock: MockClock, dialect: Literal["vllm", "sglang"]
+) -> None:
+    """An answer that came after the next update was taken for one that the new weights had made."""
+    settings = [SimulatedServerSettings(dialect=dialect)] * 2
+    async with open_fleet(settings) as fleet:
+        config = RolloutConfig(servers=fleet.addresses, backend=dialect, vocab_size=1_002_000)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fleet.faults, "on_label", lambda *_: "1")
+            with pytest.raises(
+                NoServerAvailable, match=r"version 1 .* does another trainer use it"
+            ):
+                async with open_executor(config, transport=fleet):
+                    pass
+        async with open_executor(config, transport=fleet) as executor:
+            await executor.wait_ready(60.0)
