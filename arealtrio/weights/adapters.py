@@ -51,7 +51,9 @@ async def _load(pool: ServerPool, server: Server, adapter: Adapter) -> None:
     check_base(pool, server)
     if not await rouse(pool, server):
         raise ProtocolError(f"{RESTARTED_ASLEEP}, and has its first weights")
-    if await was_restarted(pool, server):  # since somebody looked; a label would hide it for good
+    # One that never told a label may be the same process, and gets one below. Else the label would
+    # hide for good that it was restarted since somebody looked.
+    if server.label_seen and await was_restarted(pool, server):
         raise ProtocolError("it was restarted, and has its first weights")
     await wake(pool, server, "weights")  # beside which an adapter is loaded
     await load_adapter(pool, server, adapter)

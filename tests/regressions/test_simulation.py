@@ -158,6 +158,21 @@ async def test_an_adapter_does_not_hide_that_its_server_was_started_again(
         assert {server.scheduler.weight_version for server in fleet} == {"2"}
 
 
+async def test_an_adapter_goes_to_a_server_that_never_told_a_label(
+    autojump_clock: MockClock,
+) -> None:
+    """It was taken for one that was restarted, at every update: no server had the adapter."""
+    async with open_fleet(LOADS_FOR_3_S) as fleet, AsyncExitStack() as stack:
+        config = RolloutConfig(servers=fleet.addresses, backend="vllm")
+        with pytest.MonkeyPatch.context() as patch:
+            keeps = lambda server, _: server.scheduler.weight_version  # noqa: E731
+            patch.setattr(fleet.faults, "on_label", keeps)
+            executor = await stack.enter_async_context(open_executor(config, transport=fleet))
+        result = await executor.update_weights(WeightUpdate.lora("policy", "/", 1))
+        assert not result.failed
+        assert {server.scheduler.weight_version for server in fleet} == {"1"}
+
+
 async def test_a_wrong_label_is_set_right_where_there_is_nothing_to_load(
     autojump_clock: MockClock,
 ) -> None:
