@@ -236,7 +236,9 @@ def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
             f"its weights are of version {reported}, not {pool.version}, and the last update can "
             "not be repeated; it returns with the next"
         )
-    if not pool.recipe and (server.tainted or (server.labelled and reported is not None)):
+    # Or it is back from another membership, in which it was sent what is not yet the pool's.
+    told = reported is not None and pool.version < reported <= pool.newest_told
+    if not pool.recipe and (server.tainted or told or (server.labelled and reported is not None)):
         raise RolloutError(
             "its weights may not be those that it started with, and no update of this run can be "
             "repeated; it returns with the next, or when it is restarted"

@@ -158,6 +158,26 @@ async def test_an_adapter_does_not_hide_that_its_server_was_started_again(
         assert {server.scheduler.weight_version for server in fleet} == {"2"}
 
 
+async def test_a_server_that_is_added_again_within_an_update_has_not_its_first_weights(
+    autojump_clock: MockClock,
+) -> None:
+    """It had loaded the new ones as a member before, and was labelled as if it had the first."""
+    settings = [SimulatedServerSettings(load_time_s=seconds) for seconds in (1.0, 60.0)]
+    async with simulated_executor(servers=settings, probe_interval_max_s=1.0) as (executor, fleet):
+        first = fleet.servers[0]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.update_weights, to(1))
+            await trio.sleep(10.0)
+            assert first.scheduler.weight_version == "1"
+            executor.remove_server(first.address)
+            await trio.sleep(1.0)
+            executor.add_server(first.address)
+            await trio.sleep(20.0)
+            assert first.scheduler.weight_version == "1"
+            assert executor.get_version() == 0
+        await check_weights(executor, fleet, 1)
+
+
 async def test_an_adapter_goes_to_a_server_that_never_told_a_label(
     autojump_clock: MockClock,
 ) -> None:
