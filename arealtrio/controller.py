@@ -238,7 +238,10 @@ class RolloutController:
     def close(self) -> None:
         """End every rollout and the trio thread; waits in other threads raise RolloutClosed.
 
-        May be called twice, and from any thread.
+        May be called twice, and from any thread but its own.
+
+        Raises:
+            UsageError: From a workflow, a reward or a filter, whose end it would wait for.
         """
         thread = self._thread
         if thread is None or os.getpid() != self._pid:

@@ -249,6 +249,7 @@ class Ledger:
         """Count a checkpoint among the newest; it pushes out none for one that nobody got."""
         self._serial += 1
         known = [one for one in self._checkpoints if one[1] not in self._lost] or [BEGINNING]
+        self._lost.clear()  # none of them is left
         self._checkpoints = (*known, (number, self._serial))[-self._checkpoints_kept :]
         self._facts.update(checkpoints=self._checkpoints, serial=self._serial)
         self._trim()
