@@ -33,6 +33,7 @@ class Recorder:
         self.choices: dict[str, dict[int, Mapping[str, Any]]] = {}  # rid -> segment -> its answer
         self.asked: dict[str, int] = {}  # server -> segments asked for
         self.answered: dict[str, int] = {}  # server -> segments answered with tokens
+        self.busy_s: dict[str, float] = {}  # server -> what its segments took, summed, in seconds
         self._changed = trio.Event()
 
     async def request(
@@ -47,9 +48,15 @@ class Recorder:
         generation = request.method == "POST" and request.path == TOKEN_ROUTE
         if generation:
             self._count(self.asked, base_url)
-        answer = await self._inner.request(
-            base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
-        )
+        begun_s = trio.current_time()
+        try:
+            answer = await self._inner.request(
+                base_url, request, limits, headers=headers, size_bytes_max=size_bytes_max
+            )
+        finally:
+            if generation:
+                took_s = trio.current_time() - begun_s
+                self.busy_s[base_url] = self.busy_s.get(base_url, 0.0) + took_s
         if generation and answer.status == 200:
             (choice,) = json.loads(answer.body)["choices"]
             rid, _, segment = dict(request.headers)["X-Request-Id"].rpartition("-")
