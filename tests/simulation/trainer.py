@@ -37,6 +37,8 @@ from .workload import Loader, Workload, prompt
 SETTLED = ("delivered", "discarded", "rejected", "failed", "expired")
 ADAPTER_PATH = os.sep  # of an adapter only the name matters, but it must exist everywhere
 RETRY_S = 1.0  # until the trainer tries again what the fleet did not let it do
+REFUSALS_BESIDE = 10
+"""Batches refused in a row until what runs beside leaves the budget to the trainer."""
 
 
 class TrainerDied(Exception):
@@ -121,6 +123,8 @@ class Trainer:
         self._workload = Workload(self.plan, self.watch, self._rng)
         self._finished = trio.Event()
         self._beside = 0
+        self._served = trio.Event()
+        self._served.set()
         for address in self._addresses:
             if address not in executor.config.servers:
                 executor.add_server(address)
@@ -251,6 +255,12 @@ class Trainer:
 
     async def _next_batch(self, loader: Loader, prompts: int) -> Batch | None:
         """The next batch; None at the epoch's end."""
+        try:
+            return await self._batch_within(loader, prompts)
+        finally:
+            self._served.set()
+
+    async def _batch_within(self, loader: Loader, prompts: int) -> Batch | None:
         refusals = 0
         while True:
             try:
@@ -262,6 +272,8 @@ class Trainer:
                 return None
             except StalenessBudgetExhausted:
                 refusals += 1
+                if refusals == REFUSALS_BESIDE:
+                    self._served = trio.Event()
                 self._check_exhausted()
                 self.history.check(hold.liveness_of_updates, refusals, self.state)
                 await self._update()
@@ -371,7 +383,10 @@ class Trainer:
             await trio.sleep(self._rng.uniform(0, 5))
 
     async def _run_offline(self) -> None:
+        """Where a version's budget is one batch, this can take its part of each, time and again."""
         while not self._finished.is_set():
+            if not self._served.is_set():
+                await self._served.wait()
             if self._rng.random() < 0.3:
                 await self._run_a_batch()
             else:
