@@ -89,6 +89,8 @@ class PlainConnection:
 
     async def send(self, data: memoryview, progress: Callable[[], None]) -> None:
         """See Connection."""
+        if self.closed:  # by another task, before this one's first step
+            raise trio.ClosedResourceError("this connection was closed")
         while data:
             await trio.lowlevel.wait_writable(self._sock)
             try:
