@@ -23,9 +23,11 @@ from .errors import (
     ProtocolError,
     RequestRejected,
     ResponseTooLarge,
+    RolloutClosed,
     RolloutError,
     ServerError,
     TransportError,
+    UsageError,
 )
 from .generation import Generation, Progress
 from .joining import join
@@ -486,7 +488,8 @@ class RemoteEngine:
 
         A closed connection alone is not trusted to do that. The lease is held meanwhile: until it
         is aborted the request takes one of the server's slots. The answer does not matter: the
-        request may have ended, and a dead server has nothing to abort.
+        request may have ended, a dead server has nothing to abort, and over a transport that was
+        closed none can be told. What it is sent for is raised by whoever calls this.
         """
         self._tally.aborts_sent += 1
         request = self.pool.dialect.abort(
@@ -495,7 +498,7 @@ class RemoteEngine:
         with self.pool.brief.bounded(shield=True):
             try:
                 await self.pool.control(lease.server, request, self.config.abort_timeout_s)
-            except RolloutError:
+            except (RolloutError, RolloutClosed, UsageError):
                 return
 
     def _check_interruptions(self, generation: Generation) -> None:
