@@ -208,7 +208,7 @@ class ClientTransport:
         return self._client.build_request(
             request.method,
             base_url.rstrip("/") + request.path,
-            # Bytes, since httpx takes text for ASCII; stripped, since h11 refuses a space at an end.
+            # Bytes, since httpx takes text for ASCII; stripped, since h11 refuses an outer space.
             headers=[(_latin(name), _latin(value.strip(" \t"))) for name, value in given],
             content=request.body or None,
             timeout=httpx.Timeout(None, connect=limits.connect_s, pool=limits.connect_s),
