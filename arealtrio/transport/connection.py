@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -190,7 +191,7 @@ async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memory
     try:
         stream = await trio.open_tcp_stream(origin.host, origin.port)
     except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that IDNA can not encode
-        raise ConnectFailed(f"no connection to {origin.url}: {exc}") from exc
+        raise ConnectFailed(f"no connection to {origin.url}: {_why(exc)}") from exc
     try:
         _probe_when_silent(stream)
         if origin.tls:
@@ -200,6 +201,14 @@ async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memory
     except BaseException:
         stream.socket.close()
         raise
+
+
+def _why(exc: Exception) -> str:
+    """What each address said, once: trio's own words are that all attempts failed."""
+    if not isinstance(exc.__cause__, ExceptionGroup):
+        return str(exc)
+    said = (getattr(attempt, "errno", None) for attempt in exc.__cause__.exceptions)
+    return ", ".join(dict.fromkeys(os.strerror(errno) for errno in said if errno)) or str(exc)
 
 
 async def _handshake(
