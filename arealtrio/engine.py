@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import warnings
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -40,7 +40,7 @@ from .restarts import take_out_if_restarted
 from .servers import Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
 from .tally import EngineStatistics, Tally
-from .transport import HttpTransport, Transport, ensure_descriptors, trust
+from .transport import HttpTransport, StreamedResponse, Transport, ensure_descriptors, trust
 from .types import (
     GenerationHyperparameters,
     HttpRequest,
@@ -352,7 +352,7 @@ class RemoteEngine:
         whole = generation.wants_experts or bool(generation.request.messages)
         wanted = self.config.streaming and not whole
         if wanted and server.info.streams_news:
-            return self.pool.dialect.stream_parser()
+            return self.pool.dialect.stream_parser(self.config.secrets_of(server.address))
         return None
 
     def _take(
@@ -471,7 +471,7 @@ class RemoteEngine:
         if arrived is None:
             return await self.pool.send(server, request, limits)
         async with self.pool.stream(server, request, limits) as response:
-            if not _is_event_stream(response.headers):  # a refusal, or a proxy that collects
+            if not _is_event_stream(response):  # a refusal, or a proxy that collects
                 body = b"".join([piece async for piece in response.chunks()])
                 whole = HttpResponse(response.status, response.headers, body)
                 return self.pool.without_keys(server, whole)
@@ -530,8 +530,10 @@ def _made_at_most(segment: SegmentRequest, error: RolloutError) -> int:
     return 0 if never_began or refused else segment.max_new_tokens
 
 
-def _is_event_stream(headers: Mapping[str, str]) -> bool:
-    return headers.get("content-type", "").startswith("text/event-stream")
+def _is_event_stream(response: StreamedResponse) -> bool:
+    """Whether tokens come in it; a gateway may send a refusal as an event, too."""
+    kind = response.headers.get("content-type", "").lower()
+    return response.status < 300 and kind.startswith("text/event-stream")
 
 
 def make_dialect(backend: str) -> Dialect:

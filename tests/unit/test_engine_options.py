@@ -8,6 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,7 @@ class Gateway(Recorder):
     """A gateway that from some time on lets nobody in, and says with which key."""
 
     shut = False
+    refuses_as = "one piece"  # or an event, of a status of its own or in mid-stream
 
     async def request(
         self, base_url: str, request: HttpRequest, *args: Any, headers: Any = (), **more: Any
@@ -217,7 +219,7 @@ class Gateway(Recorder):
             return await super().request(base_url, request, *args, headers=headers, **more)
         key = dict(headers)["Authorization"].removeprefix("Bearer ")
         words = f"Incorrect API key {key}, or {key}x. It is of team t"
-        body = json.dumps({"error": {"message": words}}).encode()
+        body = json.dumps({"error": {"message": words, "code": 401}}).encode()
         return HttpResponse(401, {"content-type": "application/json"}, body)
 
     @asynccontextmanager
@@ -225,23 +227,50 @@ class Gateway(Recorder):
         self, base_url: str, *args: Any, headers: Any = (), **more: Any
     ) -> AsyncIterator[Any]:
         answer = await self.request(base_url, *args, headers=headers, **more)
+        status, kind, pieces = answer.status, "application/json", [answer.body]
+        if self.refuses_as != "one piece":
+            kind = "text/event-stream; charset=utf-8"
+            event = b"data: %b\n\n" % answer.body
+            pieces = [event[:60], event[60:]]  # through the key
+        if self.refuses_as == "an event in mid-stream":
+            status = 200
+        chunks = partial(Pieces, pieces)
+        yield SimpleNamespace(status=status, headers={"content-type": kind}, chunks=chunks)
 
-        async def chunks() -> AsyncIterator[bytes]:
-            yield answer.body
 
-        yield SimpleNamespace(status=answer.status, headers=answer.headers, chunks=chunks)
+class Pieces:
+    """A body. Not an async generator: those want closing."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for piece in self._pieces:
+            return piece
+        raise StopAsyncIteration
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("streaming", "refuses_as"),
+    [
+        (False, "one piece"),
+        (True, "one piece"),
+        (True, "an event"),
+        (True, "an event in mid-stream"),
+    ],
+)
 async def test_a_key_that_a_refusal_repeats_is_not_in_the_error(
-    streaming: bool, autojump_clock: trio.testing.MockClock
+    streaming: bool, refuses_as: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     headers = {"Authorization": "Bearer sk-proj-0123456789", "X-Team": "t", "X-None": ""}
     async with open_fleet(1) as fleet:
         config = RolloutConfig(servers=fleet.addresses, streaming=streaming, headers=headers)
         gateway = Gateway(fleet)
         async with open_engine(config, transport=gateway) as engine:
-            gateway.shut = True
+            gateway.shut, gateway.refuses_as = True, refuses_as
             with pytest.raises(RequestRejected) as caught:
                 await engine.agenerate(ModelRequest([5], SHORT))
     assert "Incorrect API key ***, or ***x. It is of team t" in str(caught.value)
