@@ -233,7 +233,7 @@ class Gateway(Recorder):
             event = b"data: %b\n\n" % answer.body
             pieces = [event[:60], event[60:]]  # through the key
         if self.refuses_as == "an event in mid-stream":
-            status = 200
+            status, kind = 200, "Text/Event-Stream"  # no case matters (RFC 9110 §8.3.1)
         chunks = partial(Pieces, pieces)
         yield SimpleNamespace(status=status, headers={"content-type": kind}, chunks=chunks)
 
