@@ -25,8 +25,9 @@ REASON_DEPTH = 8  # a reason lies no deeper in what a server wraps it in
 # more can be said, so that is caught before.
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-# pydantic, which checks the requests of both servers, ends each line with what it was given.
-_ECHOED_INPUT = re.compile(r", 'input':.*")
+# pydantic, which checks the requests of both servers, ends each line with what it was given: the
+# first of its errors as dicts, the second of its own text.
+_ECHOED_INPUT = re.compile(r", 'input':.*|, input_value=.*")
 
 
 def check_status(response: HttpResponse, server: str) -> None:

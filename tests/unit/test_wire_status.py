@@ -29,6 +29,9 @@ def rejected(body: object, content_type: str = "application/json") -> str:
         ({"detail": ["x", {"msg": 1}]}, "; : 1"),
         ({"error": {"message": "1 error:\n {'msg': 'bad', 'input': 'secret', 'ctx': {}}"}},
          "1 error: {'msg': 'bad'"),
+        ({"error": {"message": "1 error for X\nprompt\n  bad [type=t, input_value='secret, in…', "
+                               "input_type=str]\n    For help visit"}},
+         "1 error for X prompt bad [type=t For help visit"),
         ({"error": {"code": 400}}, "no reason given"),
         ({}, "no reason given"),
         (3, "no reason given"),
