@@ -23,7 +23,7 @@ from ..types import HttpRequest, HttpResponse, TimeLimits
 from .exchange import Exchange
 from .http import HttpTransport
 from .interface import RESPONSE_SIZE_BYTES_MAX, StreamedResponse
-from .origin import Origin, request_head
+from .origin import Origin, all_headers, request_head
 
 T = TypeVar("T")
 
@@ -202,7 +202,7 @@ class ClientTransport:
         headers: Sequence[tuple[str, str]],
         limits: TimeLimits,
     ) -> httpx.Request:
-        given = [*headers, *request.headers]
+        given = all_headers(request, headers)
         if request.body and "content-type" not in {name.lower() for name, _ in given}:
             given.append(("content-type", "application/json"))
         return self._client.build_request(
