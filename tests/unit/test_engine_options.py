@@ -158,6 +158,22 @@ def test_a_servers_own_headers_win_and_none_is_shown() -> None:
     assert config.headers_of("http://a:1") == (("X-Team", "t"), ("authorization", "own-secret"))
     assert config.headers_of("http://b:1") == (("Authorization", "common-secret"), ("X-Team", "t"))
     assert "secret" not in repr(config)
+    assert config.secrets_of("http://a:1") == ("own-secret",)
+
+
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        ("Bearer sk-proj-0123456789==", ["sk-proj-0123456789==", "sk-proj-0123456789"]),
+        ('Token token="abcdefgh12"', ['token="abcdefgh12"', "abcdefgh12"]),
+        ("a=b; session=abcdefgh12; c=d", ["session=abcdefgh12;", "abcdefgh12"]),
+        ("Key abc=defg", ["abc=defg"]),
+        ("short", []),
+    ],
+)
+def test_a_header_s_keys_are_found_in_whatever_it_names_them(value: str, keys: list[str]) -> None:
+    config = RolloutConfig(servers=["http://a:1"], headers={"X": value})
+    assert list(config.secrets_of("http://a:1")) == keys
 
 
 def test_headers_that_are_no_text_are_refused_without_being_repeated() -> None:
