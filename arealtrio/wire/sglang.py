@@ -100,7 +100,7 @@ class _Progress(msgspec.Struct):
 class _Event(msgspec.Struct):
     output_ids: list[TokenId] | None = None
     meta_info: _Progress | None = None
-    error: Failure | None = None
+    error: Failure | str | None = None
 
 
 EVENT: Final = msgspec.json.Decoder(_Event)
@@ -394,7 +394,7 @@ def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentR
 def _read_event(event: bytes, count: int) -> News | Failure | None:
     said = decode_event(EVENT, event, SERVER)
     if said.error is not None:
-        return said.error
+        return Failure.of(said.error)
     if said.meta_info is None:
         raise ProtocolError(f"expected meta_info in every event from {SERVER}")
     end = _end(said.meta_info)

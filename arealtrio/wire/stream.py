@@ -34,6 +34,11 @@ class Failure(msgspec.Struct):
 
     code: Any = None
 
+    @classmethod
+    def of(cls, told: Failure | str) -> Failure:
+        """One in words alone, as gateways write it, has no code."""
+        return cls() if isinstance(told, str) else told
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class End:

@@ -111,7 +111,7 @@ class _EventChoice(Choice):
 
 class _Event(msgspec.Struct):
     choices: list[_EventChoice] = []  # none in the event that tells the usage
-    error: Failure | None = None
+    error: Failure | str | None = None
 
 
 EVENT: Final = msgspec.json.Decoder(_Event)
@@ -498,7 +498,7 @@ def _segment_response(choice: Choice, columns: dict[str, Column]) -> SegmentResp
 def _read_event(event: bytes, count: int) -> News | Failure | None:  # noqa: ARG001  it says the new
     said = decode_event(EVENT, event, SERVER)
     if said.error is not None:
-        return said.error
+        return Failure.of(said.error)
     if not said.choices:
         return None
     if len(said.choices) != 1:
