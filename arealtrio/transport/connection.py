@@ -159,7 +159,10 @@ class TlsConnection:
 
     async def receive(self) -> bytes:
         """See Connection."""
-        return bytes(await self._stream.receive_some(TLS_RECEIVE_SIZE_BYTES))
+        data = await self._stream.receive_some(TLS_RECEIVE_SIZE_BYTES)
+        if self.closed:  # it lets others run once more after the bytes are there
+            raise trio.ClosedResourceError("this connection was closed")
+        return bytes(data)
 
     def is_quiet(self) -> bool:
         """See Connection. Any record counts: after a whole answer it is the peer's closing."""
