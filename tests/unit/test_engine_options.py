@@ -22,7 +22,13 @@ import trustme
 from arealtrio.config import RolloutConfig
 from arealtrio.embedded.model import TinyModel, log_softmax
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import ConfigError, NoServerAvailable, RequestRejected, TransportError
+from arealtrio.errors import (
+    ConfigError,
+    NoServerAvailable,
+    RequestRejected,
+    ServerError,
+    TransportError,
+)
 from arealtrio.servers import ServerPool
 from arealtrio.tally import EngineStatistics
 from arealtrio.testing import (
@@ -32,6 +38,7 @@ from arealtrio.testing import (
     open_fleet,
 )
 from arealtrio.types import GenerationHyperparameters, HttpRequest, HttpResponse, ModelRequest
+from arealtrio.wire.sglang import SglangDialect
 
 from .embedded_server import VOCAB_SIZE
 from .fleet import connected_engine
@@ -252,6 +259,25 @@ class Gateway(Recorder):
             status, kind = 200, "Text/Event-Stream"  # no case matters (RFC 9110 §8.3.1)
         chunks = partial(Pieces, pieces)
         yield SimpleNamespace(status=status, headers={"content-type": kind}, chunks=chunks)
+
+
+class PoliteGateway:
+    """One that refuses with 200, in words that repeat the key."""
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *_: Any, headers: Any = (), **__: Any
+    ) -> HttpResponse:
+        await trio.lowlevel.checkpoint()
+        words = f"no such key: {dict(headers)['Authorization']}"
+        return HttpResponse(200, {}, json.dumps({"success": False, "message": words}).encode())
+
+
+async def test_a_key_that_a_refusal_with_200_repeats_is_not_in_the_error() -> None:
+    config = RolloutConfig(servers=["http://a:1"], headers={"Authorization": "sk-proj-0123456789"})
+    transport: Any = PoliteGateway()
+    pool = ServerPool(config, SglangDialect(), transport)
+    with pytest.raises(ServerError, match=r"no such key: \*\*\*$"):
+        await pool.control(pool.servers[0], HttpRequest("POST", "/pause_generation"), 1.0)
 
 
 class Pieces:
