@@ -71,7 +71,7 @@ def _respelled(body: bytes) -> bytes:
     """JSON without the escapes that it can do without, since those hide a key: ``a\\/b`` is a/b."""
     try:
         return msgspec.json.encode(msgspec.json.decode(body))
-    except NOT_JSON:
+    except (*NOT_JSON, OverflowError):  # an integer that this msgspec reads and can not write
         return body
 
 
