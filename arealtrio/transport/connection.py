@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -206,12 +207,24 @@ async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memory
         raise
 
 
+def lacks_descriptors(error: ConnectFailed) -> bool:
+    """Whether nothing but this process's own limit on descriptors kept a connection from opening.
+
+    Args:
+        error: What ``connect`` raised.
+    """
+    cause = error.__cause__  # of the look-up of a name, or of all addresses together
+    told = cause and cause.__cause__
+    attempts = told.exceptions if isinstance(told, ExceptionGroup) else (cause,)
+    return any(getattr(attempt, "errno", None) == errno.EMFILE for attempt in attempts)
+
+
 def _why(exc: Exception) -> str:
     """What each address said, once: trio's own words are that all attempts failed."""
     if not isinstance(exc.__cause__, ExceptionGroup):
         return str(exc)
     said = (getattr(attempt, "errno", None) for attempt in exc.__cause__.exceptions)
-    return ", ".join(dict.fromkeys(os.strerror(errno) for errno in said if errno)) or str(exc)
+    return ", ".join(dict.fromkeys(os.strerror(number) for number in said if number)) or str(exc)
 
 
 async def _handshake(
