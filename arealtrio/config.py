@@ -349,8 +349,12 @@ class RolloutConfig:
         return (*shared, *own.items())
 
     def secrets_of(self, server: str) -> tuple[str, ...]:
-        """Words of these headers that may be keys, none before one that it is a part of."""
-        words = {word for _, value in self.headers_of(server) for word in value.split()}
+        """Words of these headers that may be keys, none before one that it is a part of.
+
+        And the parts of words: a cookie, or ``Token token="…"``, names its key.
+        """
+        values = [value for _, value in self.headers_of(server)]
+        words = {word for value in values for word in (*value.split(), *_PARTS(value))}
         return tuple(sorted((w for w in words if len(w) >= SECRET_SIZE), key=len, reverse=True))
 
     def cap_of(self, server: str) -> int | None:
@@ -403,6 +407,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _URL = re.compile(r"[\x21-\x7e]+")  # all else is escaped in a URL
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, as Latin-1
+_PARTS = re.compile(r"[^\s,;=\"']+").findall
 _FRAMING = {"content-length", "transfer-encoding"}
 
 

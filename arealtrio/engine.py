@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import warnings
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -23,9 +23,11 @@ from .errors import (
     ProtocolError,
     RequestRejected,
     ResponseTooLarge,
+    RolloutClosed,
     RolloutError,
     ServerError,
     TransportError,
+    UsageError,
 )
 from .generation import Generation, Progress
 from .joining import join
@@ -38,7 +40,7 @@ from .restarts import take_out_if_restarted
 from .servers import Lease, Server, ServerPool, ServerState, ServerStatistics
 from .supervision import supervise
 from .tally import EngineStatistics, Tally
-from .transport import HttpTransport, Transport, ensure_descriptors, trust
+from .transport import HttpTransport, StreamedResponse, Transport, ensure_descriptors, trust
 from .types import (
     GenerationHyperparameters,
     HttpRequest,
@@ -350,7 +352,7 @@ class RemoteEngine:
         whole = generation.wants_experts or bool(generation.request.messages)
         wanted = self.config.streaming and not whole
         if wanted and server.info.streams_news:
-            return self.pool.dialect.stream_parser()
+            return self.pool.dialect.stream_parser(self.config.secrets_of(server.address))
         return None
 
     def _take(
@@ -469,7 +471,7 @@ class RemoteEngine:
         if arrived is None:
             return await self.pool.send(server, request, limits)
         async with self.pool.stream(server, request, limits) as response:
-            if not _is_event_stream(response.headers):  # a refusal, or a proxy that collects
+            if not _is_event_stream(response):  # a refusal, or a proxy that collects
                 body = b"".join([piece async for piece in response.chunks()])
                 whole = HttpResponse(response.status, response.headers, body)
                 return self.pool.without_keys(server, whole)
@@ -486,7 +488,8 @@ class RemoteEngine:
 
         A closed connection alone is not trusted to do that. The lease is held meanwhile: until it
         is aborted the request takes one of the server's slots. The answer does not matter: the
-        request may have ended, and a dead server has nothing to abort.
+        request may have ended, a dead server has nothing to abort, and over a transport that was
+        closed none can be told. What it is sent for is raised by whoever calls this.
         """
         self._tally.aborts_sent += 1
         request = self.pool.dialect.abort(
@@ -495,7 +498,7 @@ class RemoteEngine:
         with self.pool.brief.bounded(shield=True):
             try:
                 await self.pool.control(lease.server, request, self.config.abort_timeout_s)
-            except RolloutError:
+            except (RolloutError, RolloutClosed, UsageError):
                 return
 
     def _check_interruptions(self, generation: Generation) -> None:
@@ -527,8 +530,10 @@ def _made_at_most(segment: SegmentRequest, error: RolloutError) -> int:
     return 0 if never_began or refused else segment.max_new_tokens
 
 
-def _is_event_stream(headers: Mapping[str, str]) -> bool:
-    return headers.get("content-type", "").startswith("text/event-stream")
+def _is_event_stream(response: StreamedResponse) -> bool:
+    """Whether tokens come in it; a gateway may send a refusal as an event, too."""
+    kind = response.headers.get("content-type", "").lower()
+    return response.status < 300 and kind.startswith("text/event-stream")
 
 
 def make_dialect(backend: str) -> Dialect:

@@ -30,6 +30,8 @@ from .wire.dialect import SegmentRequest, SegmentResponse, StreamParser
 
 Scalar = TypeVar("Scalar", np.int32, np.float32)
 
+_SEED_MASK = 2**64 - 1
+
 
 def state_kept_by_server(gconfig: GenerationHyperparameters) -> str:
     """The options whose effect depends on more than prompt + tokens so far; empty if none.
@@ -271,4 +273,5 @@ def _seed_of_segment(seed: int, number: int) -> int:
     """Another seed for each segment: the same one would repeat the first segment's draws."""
     if number == 0:
         return seed
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] & 0x7FFFFFFF)
+    words = [seed & _SEED_MASK, number]  # NumPy takes no negative one, and vLLM does
+    return int(np.random.SeedSequence(words).generate_state(1)[0] & 0x7FFFFFFF)

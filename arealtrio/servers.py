@@ -410,7 +410,8 @@ class ServerPool:
     async def control(self, server: Server, request: HttpRequest, total_s: float) -> None:
         """Send one control request; raise where the server refused or did not answer in time."""
         response = await self.send(server, request, self.config.control_limits(total_s))
-        self.dialect.parse_control(response)
+        # Masked whatever its status: with 200, too, it may say that it refuses, and whom.
+        self.dialect.parse_control(masked(response, self.config.secrets_of(server.address)))
 
     async def load_of(self, server: Server) -> ServerLoad:
         """Ask a server for its own gauges."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 import ssl
@@ -89,6 +91,8 @@ class PlainConnection:
 
     async def send(self, data: memoryview, progress: Callable[[], None]) -> None:
         """See Connection."""
+        if self.closed:  # by another task, before this one's first step
+            raise trio.ClosedResourceError("this connection was closed")
         while data:
             await trio.lowlevel.wait_writable(self._sock)
             try:
@@ -156,7 +160,10 @@ class TlsConnection:
 
     async def receive(self) -> bytes:
         """See Connection."""
-        return bytes(await self._stream.receive_some(TLS_RECEIVE_SIZE_BYTES))
+        data = await self._stream.receive_some(TLS_RECEIVE_SIZE_BYTES)
+        if self.closed:  # it lets others run once more after the bytes are there
+            raise trio.ClosedResourceError("this connection was closed")
+        return bytes(data)
 
     def is_quiet(self) -> bool:
         """See Connection. Any record counts: after a whole answer it is the peer's closing."""
@@ -188,7 +195,7 @@ async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memory
     try:
         stream = await trio.open_tcp_stream(origin.host, origin.port)
     except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that IDNA can not encode
-        raise ConnectFailed(f"no connection to {origin.url}: {exc}") from exc
+        raise ConnectFailed(f"no connection to {origin.url}: {_why(exc)}") from exc
     try:
         _probe_when_silent(stream)
         if origin.tls:
@@ -198,6 +205,26 @@ async def connect(origin: Origin, context: ssl.SSLContext | None, buffer: memory
     except BaseException:
         stream.socket.close()
         raise
+
+
+def lacks_descriptors(error: ConnectFailed) -> bool:
+    """Whether nothing but this process's own limit on descriptors kept a connection from opening.
+
+    Args:
+        error: What ``connect`` raised.
+    """
+    cause = error.__cause__  # of the look-up of a name, or of all addresses together
+    told = cause and cause.__cause__
+    attempts = told.exceptions if isinstance(told, ExceptionGroup) else (cause,)
+    return any(getattr(attempt, "errno", None) == errno.EMFILE for attempt in attempts)
+
+
+def _why(exc: Exception) -> str:
+    """What each address said, once: trio's own words are that all attempts failed."""
+    if not isinstance(exc.__cause__, ExceptionGroup):
+        return str(exc)
+    said = (getattr(attempt, "errno", None) for attempt in exc.__cause__.exceptions)
+    return ", ".join(dict.fromkeys(os.strerror(number) for number in said if number)) or str(exc)
 
 
 async def _handshake(

@@ -11,9 +11,16 @@ from typing import Final
 import trio
 
 from ..checks import finite, integer
-from ..errors import ConfigError, RolloutClosed, TransportError, TransportTimeout, UsageError
+from ..errors import (
+    ConfigError,
+    ConnectFailed,
+    RolloutClosed,
+    TransportError,
+    TransportTimeout,
+    UsageError,
+)
 from ..types import HttpRequest, HttpResponse, TimeLimits
-from .connection import RECEIVE_SIZE_BYTES, Connection, connect
+from .connection import RECEIVE_SIZE_BYTES, Connection, connect, lacks_descriptors
 from .exchange import Exchange
 from .interface import RESPONSE_SIZE_BYTES_MAX, StreamedResponse
 from .origin import Origin
@@ -179,7 +186,15 @@ class HttpTransport:
                 if exc.request_sent or isinstance(exc, TransportTimeout):
                     raise
                 self._retried += 1
-        return await begin(await self._connect(origin, limits, deadline))
+        try:
+            fresh = await self._connect(origin, limits, deadline)
+        except ConnectFailed as exc:
+            if not lacks_descriptors(exc):
+                raise
+            # Load that moved from other servers left connections to them behind, unused.
+            self._pool.close_idle()
+            fresh = await self._connect(origin, limits, deadline)
+        return await begin(fresh)
 
     async def _start(
         self,

@@ -6,7 +6,6 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import trio
@@ -24,7 +23,7 @@ from ..types import HttpRequest, HttpResponse, TimeLimits
 from .exchange import Exchange
 from .http import HttpTransport
 from .interface import RESPONSE_SIZE_BYTES_MAX, StreamedResponse
-from .origin import request_head
+from .origin import Origin, all_headers, request_head
 
 T = TypeVar("T")
 
@@ -178,9 +177,11 @@ class ClientTransport:
         size_bytes_max: int = RESPONSE_SIZE_BYTES_MAX,
     ) -> AsyncIterator[StreamedResponse]:
         """See ``Transport.stream``."""
-        _check_address(base_url)
-        clock = _Clock(f"{request.method} {request.path} of {base_url}", limits)
-        question = self._build(base_url, request, headers, limits)
+        Origin(base_url).head(request, headers)  # raises as ours would, and repeats no secret
+        route = request.path.partition("?")[0]  # a query may hold a secret
+        clock = _Clock(f"{request.method} {route} of {base_url}", limits)
+        with _from_httpx(clock.what):
+            question = self._build(base_url, request, headers, limits)
         response = await clock.bounded(
             lambda: self._client.send(question, stream=True), "first_byte_s", limits.connect_s
         )
@@ -201,13 +202,14 @@ class ClientTransport:
         headers: Sequence[tuple[str, str]],
         limits: TimeLimits,
     ) -> httpx.Request:
-        given = [*headers, *request.headers]
+        given = all_headers(request, headers)
         if request.body and "content-type" not in {name.lower() for name, _ in given}:
             given.append(("content-type", "application/json"))
         return self._client.build_request(
             request.method,
             base_url.rstrip("/") + request.path,
-            headers=given,
+            # Bytes, since httpx takes text for ASCII; stripped, since h11 refuses an outer space.
+            headers=[(_latin(name), _latin(value.strip(" \t"))) for name, value in given],
             content=request.body or None,
             timeout=httpx.Timeout(None, connect=limits.connect_s, pool=limits.connect_s),
         )
@@ -270,14 +272,16 @@ class _ClientStream:
             )
 
 
-def _check_address(base_url: str) -> None:
-    if urlsplit(base_url).scheme not in ("http", "https"):
-        raise ConfigError(f"{base_url!r} is not a server's address: write http://host:port")
+def _latin(text: str) -> bytes:
+    return text.encode("latin-1")
 
 
 @contextmanager
 def _from_httpx(what: str) -> Iterator[None]:
-    """httpx's errors as ours. No message of httpx's holds a payload."""
+    """httpx's errors as ours.
+
+    No message of httpx's holds a payload, but that of a header it can not write: it repeats a key.
+    """
     try:
         yield
     except (httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
@@ -287,9 +291,11 @@ def _from_httpx(what: str) -> Iterator[None]:
         raise TransportTimeout(
             f"{what}: {type(exc).__name__} of the client", limit="idle_s"
         ) from exc
-    except httpx.ConnectError as exc:
+    except (httpx.ConnectError, UnicodeError) as exc:  # UnicodeError: as in connect()
         raise ConnectFailed(f"{what}: {exc}") from exc
-    except (httpx.LocalProtocolError, httpx.InvalidURL) as exc:
+    except httpx.LocalProtocolError as exc:
+        raise InvalidRequest(f"{what}: the client can not write it as HTTP") from exc
+    except httpx.InvalidURL as exc:
         raise InvalidRequest(f"{what}: {exc}") from exc
     except httpx.UnsupportedProtocol as exc:
         raise ConfigError(f"{what}: {exc}") from exc

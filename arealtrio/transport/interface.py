@@ -58,7 +58,8 @@ class Transport(Protocol):
             base_url: The server, ``http://host:port`` or ``https://…``, with or without a path.
             request: What to ask.
             limits: In seconds; each is named in the error that it causes.
-            headers: Further headers, such as an authorization; they go before the request's own.
+            headers: Further headers, such as an authorization; they go before the request's own,
+                and one that the request names itself is left out.
             size_bytes_max: Largest body taken; a larger one is refused while it arrives.
 
         Raises:

@@ -66,7 +66,7 @@ class Origin:
         return start
 
     def _encode(self, request: HttpRequest, headers: Sequence[tuple[str, str]]) -> bytes:
-        given = [(name.lower(), value) for name, value in (*headers, *request.headers)]
+        given = [(name.lower(), value) for name, value in all_headers(request, headers)]
         named = {name for name, _ in given}
         lines = [("host", self.authority), *_DEFAULT_HEADERS]
         if request.method != "GET":
@@ -76,6 +76,12 @@ class Origin:
             raise InvalidRequest("the body's framing is the transport's business, not a header's")
         encoded = [(_name(name), _value(name, value)) for name, value in lines]
         return request_head(request.method, self._prefix + request.path, encoded)
+
+
+def all_headers(request: HttpRequest, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Further headers and the request's own, which win: vLLM takes the first id that it is told."""
+    own = {name.lower() for name, _ in request.headers}
+    return [*(pair for pair in headers if pair[0].lower() not in own), *request.headers]
 
 
 def _name(name: str) -> bytes:

@@ -97,12 +97,16 @@ class Pool:
 
     def close(self) -> None:
         """Close everything, in use or not."""
+        self.close_idle()
+        while self._active:
+            self._active.pop().close()
+
+    def close_idle(self) -> None:
+        """Close everything that is not in use."""
         for idle in self._idle.values():
             while idle:
                 self._drop_oldest(idle)
         self._idle.clear()
-        while self._active:
-            self._active.pop().close()
 
     def _sweep(self, now: float) -> None:
         """Once per keep-alive time, close what is too old, of servers long gone too.

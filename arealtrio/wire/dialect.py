@@ -201,8 +201,8 @@ class Dialect(WeightRequests, Protocol):
     ) -> SegmentResponse:
         """Read tokens, logprobs and, where reported, version spans; ``chat``: of messages."""
 
-    def stream_parser(self) -> StreamParser:
-        """A fresh reader of one streamed generation."""
+    def stream_parser(self, secrets: Sequence[str] = ()) -> StreamParser:
+        """A fresh reader of one streamed generation, whose errors repeat none of these."""
 
     def abort(self, request_id: str, info: ServerInfo, *, chat: bool = False) -> HttpRequest:
         """Stop one request by the id ``generate`` gave it; ``chat``: it had messages."""

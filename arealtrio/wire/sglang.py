@@ -35,7 +35,6 @@ from .stream import (
     News,
     TokenId,
     TokenStream,
-    check_failure,
     decode_event,
 )
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
@@ -101,7 +100,7 @@ class _Progress(msgspec.Struct):
 class _Event(msgspec.Struct):
     output_ids: list[TokenId] | None = None
     meta_info: _Progress | None = None
-    error: Failure | None = None
+    error: Failure | str | None = None
 
 
 EVENT: Final = msgspec.json.Decoder(_Event)
@@ -227,13 +226,13 @@ class SglangDialect(SglangWeights):
             raise_refusal(response, SERVER, "its logits were not numbers")
         return _segment_response(answer, columns)
 
-    def stream_parser(self) -> StreamParser:
+    def stream_parser(self, secrets: Sequence[str] = ()) -> StreamParser:
         """Read a stream whose events hold all tokens so far, or the new ones alone.
 
         The former is the default: n tokens arrive as n²/2. With ``--incremental-streaming-output``
         each comes once.
         """
-        return TokenStream(SERVER, _read_event)
+        return TokenStream(SERVER, _read_event, secrets)
 
     def abort(
         self,
@@ -392,9 +391,10 @@ def _segment_response(answer: _MetaInfo, columns: dict[str, Column]) -> SegmentR
     )
 
 
-def _read_event(event: bytes, count: int) -> News | None:
+def _read_event(event: bytes, count: int) -> News | Failure | None:
     said = decode_event(EVENT, event, SERVER)
-    check_failure(said.error, event, SERVER)
+    if said.error is not None:
+        return Failure.of(said.error)
     if said.meta_info is None:
         raise ProtocolError(f"expected meta_info in every event from {SERVER}")
     end = _end(said.meta_info)

@@ -25,8 +25,9 @@ REASON_DEPTH = 8  # a reason lies no deeper in what a server wraps it in
 # more can be said, so that is caught before.
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-# pydantic, which checks the requests of both servers, ends each line with what it was given.
-_ECHOED_INPUT = re.compile(r", 'input':.*")
+# pydantic, which checks the requests of both servers, ends each line with what it was given: the
+# first of its errors as dicts, the second of its own text.
+_ECHOED_INPUT = re.compile(r", 'input':.*|, input_value=.*")
 
 
 def check_status(response: HttpResponse, server: str) -> None:
@@ -60,10 +61,22 @@ def masked(response: HttpResponse, secrets: Iterable[str]) -> HttpResponse:
         response: A refusal, and not what is read for more than its reason.
         secrets: The longest first.
     """
-    body = response.body
+    body = _respelled(response.body)
     for secret in secrets:
-        body = body.replace(secret.encode(), MASK)
+        body = body.replace(_quoted(secret), MASK).replace(secret.encode(), MASK)
     return replace(response, body=body)
+
+
+def _respelled(body: bytes) -> bytes:
+    """JSON without the escapes that it can do without, since those hide a key: ``a\\/b`` is a/b."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(body))
+    except (*NOT_JSON, OverflowError):  # an integer that this msgspec reads and can not write
+        return body
+
+
+def _quoted(text: str) -> bytes:
+    return msgspec.json.encode(text)[1:-1]
 
 
 def raise_refusal(response: HttpResponse, server: str, reason: str) -> NoReturn:

@@ -18,7 +18,7 @@ from ..errors import ProtocolError
 from ..types import INT32_MAX, HttpResponse, StopReason
 from .dialect import SegmentResponse
 from .events import EventReader
-from .status import NOT_JSON, check_status
+from .status import NOT_JSON, check_status, masked
 from .versions import Span, read_spans
 
 LAST_EVENT: Final = b"[DONE]"
@@ -33,6 +33,11 @@ class Failure(msgspec.Struct):
     """What a server says in mid-stream, where no status can be sent any more."""
 
     code: Any = None
+
+    @classmethod
+    def of(cls, told: Failure | str) -> Failure:
+        """One in words alone, as gateways write it, has no code."""
+        return cls() if isinstance(told, str) else told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +70,7 @@ class News:
     end: End | None = None
 
 
-ReadEvent: TypeAlias = Callable[[bytes, int], News | None]
+ReadEvent: TypeAlias = Callable[[bytes, int], News | Failure | None]
 """Reads one event's data, given how many tokens came before; None: it says nothing of tokens."""
 
 
@@ -75,11 +80,13 @@ class TokenStream:
     Args:
         server: Kind of the server, for the messages.
         read: What an event says.
+        secrets: Keys that no error may repeat, the longest first.
     """
 
-    def __init__(self, server: str, read: ReadEvent) -> None:
+    def __init__(self, server: str, read: ReadEvent, secrets: Sequence[str] = ()) -> None:
         self._server = server
         self._read = read
+        self._secrets = secrets
         self._events = EventReader()
         self._ids: list[int] = []
         self._logprobs: list[Logprob] = []
@@ -103,8 +110,12 @@ class TokenStream:
 
     def _take(self, event: bytes) -> None:
         news = self._read(event, len(self._ids))
-        if news is None:
-            return
+        if isinstance(news, Failure):
+            _check_failure(news, event, self._server, self._secrets)
+        elif news is not None:
+            self._add(news)
+
+    def _add(self, news: News) -> None:
         if self._end is not None:
             raise ProtocolError(f"expected nothing after the last token from {self._server}")
         if len(news.token_ids) != len(news.logprobs) or None in news.logprobs:
@@ -156,15 +167,13 @@ def decode_event(decoder: msgspec.json.Decoder[T], event: bytes, server: str) ->
         ) from exc
 
 
-def check_failure(failure: Failure | None, event: bytes, server: str) -> None:
+def _check_failure(failure: Failure, event: bytes, server: str, secrets: Sequence[str]) -> None:
     """Raise for an event that says the server failed, as if it had been an answer's status.
 
     Raises:
         RequestRejected: For a code of 4xx.
         ServerError: For every other.
     """
-    if failure is None:
-        return
     code = failure.code if isinstance(failure.code, int) else 500
     status = code if 400 <= code < 600 else 500
-    check_status(HttpResponse(status, {}, event), server)
+    check_status(masked(HttpResponse(status, {}, event), secrets), server)

@@ -41,7 +41,6 @@ from .stream import (
     News,
     TokenId,
     TokenStream,
-    check_failure,
     decode_event,
 )
 from .tokens import NOTHING, Column, check_same, check_tokens, scan
@@ -112,7 +111,7 @@ class _EventChoice(Choice):
 
 class _Event(msgspec.Struct):
     choices: list[_EventChoice] = []  # none in the event that tells the usage
-    error: Failure | None = None
+    error: Failure | str | None = None
 
 
 EVENT: Final = msgspec.json.Decoder(_Event)
@@ -262,9 +261,9 @@ class VllmDialect(VllmWeights):
             raise ProtocolError(f"expected 1 choice from {SERVER}, got {len(answer.choices)}")
         return _segment_response(answer.choices[0], columns)
 
-    def stream_parser(self) -> StreamParser:
+    def stream_parser(self, secrets: Sequence[str] = ()) -> StreamParser:
         """Read a stream of either route; version spans come with its last tokens."""
-        return TokenStream(SERVER, _read_event)
+        return TokenStream(SERVER, _read_event, secrets)
 
     def abort(self, request_id: str, info: ServerInfo, *, chat: bool = False) -> HttpRequest:
         """Stop one request by the id that vLLM made of ours.
@@ -496,9 +495,10 @@ def _segment_response(choice: Choice, columns: dict[str, Column]) -> SegmentResp
     )
 
 
-def _read_event(event: bytes, count: int) -> News | None:  # noqa: ARG001  it says the new
+def _read_event(event: bytes, count: int) -> News | Failure | None:  # noqa: ARG001  it says the new
     said = decode_event(EVENT, event, SERVER)
-    check_failure(said.error, event, SERVER)
+    if said.error is not None:
+        return Failure.of(said.error)
     if not said.choices:
         return None
     if len(said.choices) != 1:

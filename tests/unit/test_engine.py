@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ from arealtrio.errors import (
     ProtocolError,
     RequestRejected,
     ResponseTooLarge,
+    RolloutClosed,
     RolloutError,
     ServerError,
     TransportError,
 )
 from arealtrio.servers import Server
+from arealtrio.transport import HttpTransport
 from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
 from .embedded_server import MAX_MODEL_LEN, PROMPT, VOCAB_SIZE
 from .fleet import Fleet, connected_engine
+from .scripted_server import ScriptedServer, never, scripted_server
 
 GREEDY = GenerationHyperparameters(greedy=True, max_new_tokens=40, ignore_eos=True)
 LONGER = GREEDY.new(max_new_tokens=200)
@@ -242,6 +246,49 @@ async def test_cancelling_aborts_the_request_on_its_server_and_gives_the_slot_ba
         await fleet.watch.until(lambda s: not s.running and not s.waiting)
         assert [row.outstanding for row in engine.statistics()] == [0]
         assert engine.pool.waiting == 0
+
+
+async def generation_over_a_transport_that_closes(
+    act: Callable[[HttpTransport, trio.CancelScope], Awaitable[None]],
+) -> trio.CancelScope:
+    """Act while a server generates; return the scope of whoever waits for the answer."""
+    waits = trio.CancelScope()
+    async with scripted_server(never) as server, HttpTransport() as transport:
+        config = RolloutConfig(servers=[server.url])
+        async with open_engine(config, transport=transport) as engine, trio.open_nursery() as other:
+            other.start_soon(act_when_asked, server, act, transport, waits)
+            with waits:
+                await engine.agenerate(ModelRequest(PROMPT, GREEDY))
+    return waits
+
+
+async def act_when_asked(
+    server: ScriptedServer,
+    act: Callable[[HttpTransport, trio.CancelScope], Awaitable[None]],
+    transport: HttpTransport,
+    waits: trio.CancelScope,
+) -> None:
+    while not server.asked:
+        await trio.testing.wait_all_tasks_blocked()
+    await act(transport, waits)
+
+
+async def test_a_generation_over_a_transport_that_closes_ends_with_a_word_on_that() -> None:
+    async def close(transport: HttpTransport, waits: trio.CancelScope) -> None:
+        await transport.aclose()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await generation_over_a_transport_that_closes(close)
+    assert caught.group_contains(RolloutClosed, match="closed while this request was in flight")
+
+
+async def test_a_generation_that_is_cancelled_as_its_transport_closes_is_cancelled() -> None:
+    async def cancel_and_close(transport: HttpTransport, waits: trio.CancelScope) -> None:
+        waits.cancel()
+        await transport.aclose()
+
+    waits = await generation_over_a_transport_that_closes(cancel_and_close)
+    assert waits.cancelled_caught
 
 
 # --- servers that misbehave --------------------------------------------------------------------

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,13 @@ import trustme
 from arealtrio.config import RolloutConfig
 from arealtrio.embedded.model import TinyModel, log_softmax
 from arealtrio.engine import RemoteEngine, open_engine
-from arealtrio.errors import ConfigError, NoServerAvailable, RequestRejected, TransportError
+from arealtrio.errors import (
+    ConfigError,
+    NoServerAvailable,
+    RequestRejected,
+    ServerError,
+    TransportError,
+)
 from arealtrio.servers import ServerPool
 from arealtrio.tally import EngineStatistics
 from arealtrio.testing import (
@@ -31,6 +38,7 @@ from arealtrio.testing import (
     open_fleet,
 )
 from arealtrio.types import GenerationHyperparameters, HttpRequest, HttpResponse, ModelRequest
+from arealtrio.wire.sglang import SglangDialect
 
 from .embedded_server import VOCAB_SIZE
 from .fleet import connected_engine
@@ -157,6 +165,22 @@ def test_a_servers_own_headers_win_and_none_is_shown() -> None:
     assert config.headers_of("http://a:1") == (("X-Team", "t"), ("authorization", "own-secret"))
     assert config.headers_of("http://b:1") == (("Authorization", "common-secret"), ("X-Team", "t"))
     assert "secret" not in repr(config)
+    assert config.secrets_of("http://a:1") == ("own-secret",)
+
+
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        ("Bearer sk-proj-0123456789==", ["sk-proj-0123456789==", "sk-proj-0123456789"]),
+        ('Token token="abcdefgh12"', ['token="abcdefgh12"', "abcdefgh12"]),
+        ("a=b; session=abcdefgh12; c=d", ["session=abcdefgh12;", "abcdefgh12"]),
+        ("Key abc=defg", ["abc=defg"]),
+        ("short", []),
+    ],
+)
+def test_a_header_s_keys_are_found_in_whatever_it_names_them(value: str, keys: list[str]) -> None:
+    config = RolloutConfig(servers=["http://a:1"], headers={"X": value})
+    assert list(config.secrets_of("http://a:1")) == keys
 
 
 def test_headers_that_are_no_text_are_refused_without_being_repeated() -> None:
@@ -209,6 +233,7 @@ class Gateway(Recorder):
     """A gateway that from some time on lets nobody in, and says with which key."""
 
     shut = False
+    refuses_as = "one piece"  # or an event, of a status of its own or in mid-stream
 
     async def request(
         self, base_url: str, request: HttpRequest, *args: Any, headers: Any = (), **more: Any
@@ -217,7 +242,7 @@ class Gateway(Recorder):
             return await super().request(base_url, request, *args, headers=headers, **more)
         key = dict(headers)["Authorization"].removeprefix("Bearer ")
         words = f"Incorrect API key {key}, or {key}x. It is of team t"
-        body = json.dumps({"error": {"message": words}}).encode()
+        body = json.dumps({"error": {"message": words, "code": 401}}).encode()
         return HttpResponse(401, {"content-type": "application/json"}, body)
 
     @asynccontextmanager
@@ -225,23 +250,69 @@ class Gateway(Recorder):
         self, base_url: str, *args: Any, headers: Any = (), **more: Any
     ) -> AsyncIterator[Any]:
         answer = await self.request(base_url, *args, headers=headers, **more)
+        status, kind, pieces = answer.status, "application/json", [answer.body]
+        if self.refuses_as != "one piece":
+            kind = "text/event-stream; charset=utf-8"
+            event = b"data: %b\n\n" % answer.body
+            pieces = [event[:60], event[60:]]  # through the key
+        if self.refuses_as == "an event in mid-stream":
+            status, kind = 200, "Text/Event-Stream"  # no case matters (RFC 9110 §8.3.1)
+        chunks = partial(Pieces, pieces)
+        yield SimpleNamespace(status=status, headers={"content-type": kind}, chunks=chunks)
 
-        async def chunks() -> AsyncIterator[bytes]:
-            yield answer.body
 
-        yield SimpleNamespace(status=answer.status, headers=answer.headers, chunks=chunks)
+class PoliteGateway:
+    """One that refuses with 200, in words that repeat the key."""
+
+    async def request(
+        self, base_url: str, request: HttpRequest, *_: Any, headers: Any = (), **__: Any
+    ) -> HttpResponse:
+        await trio.lowlevel.checkpoint()
+        words = f"no such key: {dict(headers)['Authorization']}"
+        return HttpResponse(200, {}, json.dumps({"success": False, "message": words}).encode())
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_key_that_a_refusal_with_200_repeats_is_not_in_the_error() -> None:
+    config = RolloutConfig(servers=["http://a:1"], headers={"Authorization": "sk-proj-0123456789"})
+    transport: Any = PoliteGateway()
+    pool = ServerPool(config, SglangDialect(), transport)
+    with pytest.raises(ServerError, match=r"no such key: \*\*\*$"):
+        await pool.control(pool.servers[0], HttpRequest("POST", "/pause_generation"), 1.0)
+
+
+class Pieces:
+    """A body. Not an async generator: those want closing."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for piece in self._pieces:
+            return piece
+        raise StopAsyncIteration
+
+
+@pytest.mark.parametrize(
+    ("streaming", "refuses_as"),
+    [
+        (False, "one piece"),
+        (True, "one piece"),
+        (True, "an event"),
+        (True, "an event in mid-stream"),
+    ],
+)
 async def test_a_key_that_a_refusal_repeats_is_not_in_the_error(
-    streaming: bool, autojump_clock: trio.testing.MockClock
+    streaming: bool, refuses_as: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     headers = {"Authorization": "Bearer sk-proj-0123456789", "X-Team": "t", "X-None": ""}
     async with open_fleet(1) as fleet:
         config = RolloutConfig(servers=fleet.addresses, streaming=streaming, headers=headers)
         gateway = Gateway(fleet)
         async with open_engine(config, transport=gateway) as engine:
-            gateway.shut = True
+            gateway.shut, gateway.refuses_as = True, refuses_as
             with pytest.raises(RequestRejected) as caught:
                 await engine.agenerate(ModelRequest([5], SHORT))
     assert "Incorrect API key ***, or ***x. It is of team t" in str(caught.value)

@@ -41,3 +41,16 @@ async def test_no_segment_asks_for_more_tokens_at_least_than_at_most(
     with await pool.lease() as lease:
         segment = generation.next_segment(config, lease)
     assert (segment.min_new_tokens, segment.max_new_tokens) == (least, segment_tokens or 64)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**63 - 1, -(2**63)])
+async def test_each_segment_has_a_seed_of_its_own_whatever_the_first(seed: int) -> None:
+    pool, config = pool_of({A: 1}), RolloutConfig(servers=[A])
+    generation = Generation(
+        ModelRequest([1], GCONFIG.new(seed=seed)), "q", 64, Origin(None, 0), None
+    )
+    with await pool.lease() as lease:
+        seeds = [generation.next_segment(config, lease).seed for _ in range(5)]
+    assert seeds[0] == seed
+    assert len(set(seeds)) == 5
+    assert all(derived is not None and 0 <= derived < 2**31 for derived in seeds[1:])

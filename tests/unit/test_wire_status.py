@@ -8,7 +8,7 @@ import pytest
 
 from arealtrio.errors import ProtocolError, RequestRejected, ServerError
 from arealtrio.types import HttpResponse
-from arealtrio.wire.status import REASON_SIZE, check_status, reason_of
+from arealtrio.wire.status import REASON_SIZE, check_status, masked, reason_of
 
 
 def rejected(body: object, content_type: str = "application/json") -> str:
@@ -29,6 +29,9 @@ def rejected(body: object, content_type: str = "application/json") -> str:
         ({"detail": ["x", {"msg": 1}]}, "; : 1"),
         ({"error": {"message": "1 error:\n {'msg': 'bad', 'input': 'secret', 'ctx': {}}"}},
          "1 error: {'msg': 'bad'"),
+        ({"error": {"message": "1 error for X\nprompt\n  bad [type=t, input_value='secret, in…', "
+                               "input_type=str]\n    For help visit"}},
+         "1 error for X prompt bad [type=t For help visit"),
         ({"error": {"code": 400}}, "no reason given"),
         ({}, "no reason given"),
         (3, "no reason given"),
@@ -51,6 +54,31 @@ def test_a_long_reason_is_cut(body: object) -> None:
     reason = rejected(body)
     assert len(reason) == REASON_SIZE
     assert reason.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("key", "spelled"),
+    [
+        ("sk/ab+cdefg==", rb"sk/ab+cdefg=="),
+        ("sk/ab+cdefg==", rb"sk\/ab+cdefg=="),
+        ("sk/ab+cdefg==", rb"sk/ab\u002Bcdefg\u003d\u003d"),
+        ('sk"ab\\cdefg', rb"sk\"ab\\cdefg"),
+        ("clé-secrète", rb"cl\u00e9-secr\u00e8te"),
+        ("clé-secrète", "clé-secrète".encode()),
+    ],
+)
+def test_a_key_is_masked_however_json_spells_it(key: str, spelled: bytes) -> None:
+    body = b'{"error":{"message":"no key %b of ours"}}' % spelled
+    reason = reason_of(masked(HttpResponse(401, {}, body), [key]))
+    assert reason == "no key *** of ours"
+
+
+@pytest.mark.parametrize(
+    "body", [b"no key sk/ab+cdefg of ours", b"[" * 10_000, b"", b"\xff", b"[%d]" % 10**400]
+)
+def test_what_is_no_json_is_masked_as_it_is(body: bytes) -> None:
+    answer = masked(HttpResponse(401, {}, body), ["sk/ab+cdefg"])
+    assert answer.body == body.replace(b"sk/ab+cdefg", b"***")
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299])

@@ -168,6 +168,13 @@ def test_a_failure_in_mid_stream_is_classed_by_its_code_and_keeps_what_came(
     assert not parser.complete
 
 
+@pytest.mark.parametrize("dialect", [VLLM, SGLANG], ids=lambda dialect: dialect.name)
+def test_a_failure_in_words_alone_is_the_servers(dialect: Dialect) -> None:
+    parser = dialect.stream_parser()
+    with pytest.raises(ServerError, match="it broke"):
+        parser.feed(stream_of({"error": "it broke"}))
+
+
 BROKEN = [
     (VLLM, b"data: {\n\n", "JSON"),
     (VLLM, stream_of({"choices": [{}]}), "finish_reason"),

@@ -143,6 +143,32 @@ class TestClose:
                 with pytest.raises(RolloutClosed, match="the transport was closed"):
                     await transport.request(server.url, post, limits)
 
+    async def test_closed_before_the_rest_of_a_large_body_goes_out(
+        self, start_server: StartServer, limits: TimeLimits
+    ) -> None:
+        """Whether the sender or the closer runs first is chance, so it is tried some times."""
+
+        class Watch(trio.abc.Instrument):
+            def task_spawned(self, task: trio.lowlevel.Task) -> None:
+                if "_send_rest" in task.name:
+                    sender_is_about_to_start.set()
+
+        async def close(transport: HttpTransport) -> None:
+            await sender_is_about_to_start.wait()
+            await transport.aclose()
+
+        server = await start_server(silent_and_deaf)
+        request = HttpRequest("POST", "/", b"x" * 20_000_000)
+        watch = Watch()
+        trio.lowlevel.add_instrument(watch)
+        for _ in range(10):
+            sender_is_about_to_start = trio.Event()
+            async with HttpTransport() as transport, trio.open_nursery() as nursery:
+                nursery.start_soon(close, transport)
+                with pytest.raises(RolloutClosed, match="the transport was closed"):
+                    await transport.request(server.url, request, limits)
+        trio.lowlevel.remove_instrument(watch)
+
     async def test_closed_while_connecting(
         self, limits: TimeLimits, post: HttpRequest, monkeypatch: pytest.MonkeyPatch
     ) -> None:

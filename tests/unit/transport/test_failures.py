@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import trio
 
@@ -135,10 +137,24 @@ class TestNoConnection:
         with trio.socket.socket() as sock:
             await sock.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"  # bound, and nobody listens
-            with pytest.raises(ConnectFailed, match=url) as caught:
+            with pytest.raises(ConnectFailed, match=f"{url}: Connection refused$") as caught:
                 await transport.request(url, post, limits)
         assert not caught.value.request_sent
         assert isinstance(caught.value.__cause__, OSError)
+
+    async def test_no_descriptor_left(
+        self, transport: HttpTransport, limits: TimeLimits, post: HttpRequest
+    ) -> None:
+        """It is this process that fails, and nothing is wrong with the server."""
+        held = trio.socket.socket()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held.fileno(), hard))
+        try:
+            with pytest.raises(ConnectFailed, match="Too many open files"):
+                await transport.request("http://127.0.0.1:1", post, limits)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            held.close()
 
     @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70 + ".invalid"])
     async def test_a_name_that_does_not_resolve(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import httpx
 import pytest
 import trio
 
 from arealtrio.errors import TransportError, TransportTimeout, UsageError
-from arealtrio.transport import HttpTransport, Transport
+from arealtrio.transport import ClientTransport, HttpTransport, Transport
 from arealtrio.types import HttpRequest, TimeLimits
 
 from .peer import Peer, Script, StartServer, once, parts
@@ -47,6 +48,26 @@ class TestAnswers:
         server = await start_server()
         await transport.request(server.url + "/v1/", post, limits)
         assert server.requests[0].startswith(b"POST /v1/generate HTTP/1.1\r\n")
+
+    @pytest.mark.parametrize("over_httpx", [False, True])
+    async def test_a_request_s_own_headers_win(
+        self,
+        start_server: StartServer,
+        transport: HttpTransport,
+        limits: TimeLimits,
+        over_httpx: bool,
+    ) -> None:
+        server = await start_server()
+        request = HttpRequest("POST", "/", b"{}", (("X-Request-Id", "own"), ("a", "1"), ("a", "2")))
+        async with httpx.AsyncClient() as client:
+            chosen = ClientTransport(client) if over_httpx else transport
+            await chosen.request(
+                server.url, request, limits, headers=(("x-request-id", "of all"), ("b", "3"))
+            )
+        lines = server.requests[0].lower().split(b"\r\n")
+        assert [line for line in lines if line.startswith((b"x-request", b"a:", b"b:"))] == [
+            b"b: 3", b"x-request-id: own", b"a: 1", b"a: 2",
+        ]  # fmt: skip
 
     async def test_get_has_no_body(
         self, start_server: StartServer, transport: HttpTransport, limits: TimeLimits

@@ -248,3 +248,42 @@ class TestClientTransport:
                 await ClientTransport(client).request("http://a", HttpRequest("GET", "/"), limits)
         assert caught.value.__cause__ is theirs
         assert getattr(caught.value, "request_sent", None) is sent
+
+    @pytest.mark.parametrize("value", ["s3cret-kéy", " s3cret-key\t"])
+    async def test_a_header_that_http_can_send_is_sent(
+        self, start_server: StartServer, limits: TimeLimits, value: str
+    ) -> None:
+        server = await start_server()
+        async with httpx.AsyncClient() as client:
+            ours = ClientTransport(client)
+            await ours.request(server.url, HttpRequest("GET", "/"), limits, headers=(("k", value),))
+        assert b"\r\nk: %b\r\n" % value.strip().encode("latin-1") in server.requests[0]
+
+    @pytest.mark.parametrize(
+        ("base_url", "request_", "ours"),
+        [
+            ("", HttpRequest("GET", "/", headers=(("k", "s3cret\n"),)), InvalidRequest),
+            ("", HttpRequest("GET", "/", headers=(("k", "s3cret\x0b"),)), InvalidRequest),
+            ("", HttpRequest("GET", "/", headers=(("k", "s3cret€"),)), InvalidRequest),
+            ("", HttpRequest("GET", "/a\n"), InvalidRequest),
+            ("", HttpRequest("GET", "/" + "a" * 70_000), InvalidRequest),
+            ("http://[::1", HttpRequest("GET", "/"), ConfigError),
+            ("http://u:s3cret@a", HttpRequest("GET", "/"), ConfigError),
+            ("ftp://u:s3cret@a", HttpRequest("GET", "/"), ConfigError),
+            ("http://127.0.0.1:1", HttpRequest("GET", "/?key=s3cret"), ConnectFailed),
+            ("http://a..b", HttpRequest("GET", "/"), ConnectFailed),
+        ],
+    )
+    async def test_what_can_not_be_sent_is_named_without_its_secrets(
+        self,
+        start_server: StartServer,
+        limits: TimeLimits,
+        base_url: str,
+        request_: HttpRequest,
+        ours: type[ArealTrioError],
+    ) -> None:
+        server = await start_server()
+        async with httpx.AsyncClient() as client:
+            with pytest.raises(ours) as caught:
+                await ClientTransport(client).request(base_url or server.url, request_, limits)
+        assert "s3cret" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -177,6 +179,36 @@ class TestKeepAlive:
             await transport.request(server.url, post, limits)
             await transport.request(server.url, post, limits)
         assert server.accepted == 2
+
+    async def test_those_to_one_server_make_room_for_those_to_another(
+        self, start_server: StartServer, limits: TimeLimits, post: HttpRequest
+    ) -> None:
+        """This process may hold no more descriptors than it holds; a fleet drains one server."""
+        together = trio.Event()
+
+        async def answer_all_at_once(peer: Peer) -> None:
+            await peer.read_request()
+            await together.wait()
+            await peer.answer()
+            await peer.wait_closed()
+
+        first, second = await start_server(answer_all_at_once), await start_server()
+        async with HttpTransport() as transport:
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(transport.request, first.url, post, limits)
+                await wait_all_tasks_blocked()
+                together.set()
+            assert transport.statistics().idle == 4
+            with trio.socket.socket() as last:
+                least = last.fileno()
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
+            try:
+                assert (await transport.request(second.url, post, limits)).status == 200
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert transport.statistics().idle == 1
 
     async def test_idle_connections_are_bounded(
         self, start_server: StartServer, limits: TimeLimits, post: HttpRequest

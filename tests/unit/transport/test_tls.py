@@ -9,7 +9,13 @@ import trio
 import trustme
 from trio.testing import wait_all_tasks_blocked
 
-from arealtrio.errors import ConfigError, ConnectFailed, TransportError, TransportTimeout
+from arealtrio.errors import (
+    ConfigError,
+    ConnectFailed,
+    RolloutClosed,
+    TransportError,
+    TransportTimeout,
+)
 from arealtrio.transport import HttpTransport
 from arealtrio.types import HttpRequest, TimeLimits
 
@@ -159,6 +165,32 @@ async def test_cancelled_in_a_session(
                 scope.cancel()
         assert transport.statistics().active == transport.statistics().idle == 0
         await gone.wait()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_closed_between_the_arrival_of_bytes_and_their_reading(
+    start_server: StartServer,
+    wrap: Wrap,
+    trusting: ssl.SSLContext,
+    limits: TimeLimits,
+    post: HttpRequest,
+    turns: int,
+) -> None:
+    """A session that has taken several records lets others run before it gives the second."""
+    for _ in range(3):  # who runs first within a turn is chance
+        async with HttpTransport(ssl_context=trusting) as transport:
+
+            async def script(peer: Peer, transport: HttpTransport = transport) -> None:
+                await peer.read_request()
+                await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 99999\r\n\r\n" + b"x" * 60_000)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                await transport.aclose()
+                await peer.wait_closed()
+
+            server = await start_server(script, wrap)
+            with pytest.raises(RolloutClosed, match="the transport was closed"):
+                await transport.request(server.url, post, limits)
 
 
 async def test_a_server_may_need_another_authority_and_a_certificate_of_ours(
