@@ -191,7 +191,7 @@ class BatchAssembly:
             for group in batch.groups:
                 self._stream.put(group)
             self._stream.tell_again(batch)
-        self._consumption.take_back(batch.groups, batch.version - self._config.max_staleness)
+        self._consumption.take_back(batch.groups)
 
     def discard_outdated(self, version: int) -> bool:
         """Drop, or queue again, what waits for a batch and is too old for ``version``.

@@ -241,7 +241,7 @@ class WorkflowExecutor(ServerFace):
         for result in results:
             self._results.put(result, is_eval=is_eval)
             if not is_eval and result.group is not None:
-                self._consumption.take_back([result.group], self._oldest())
+                self._consumption.take_back([result.group])
         self._waiting.notify()
 
     # --- rollout_batch -----------------------------------------------------------------------

@@ -259,6 +259,23 @@ async def test_a_result_given_back_is_a_violation_once(autojump_clock: Clock) ->
         assert executor.staleness_violations == 0
 
 
+@pytest.mark.parametrize("policy", ["keep", "wait", "drop"])
+async def test_a_result_given_back_after_an_update_is_no_violation_less(
+    policy: str, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=1, max_staleness=0, straggler_policy=policy
+    ) as (executor, _):
+        executor.submit({}, Instant())
+        results = await executor.wait(1)
+        await executor.set_version(1)
+        executor.give_back_results(results, is_eval=False)
+        assert executor.staleness_violations == 0
+        (result,) = await executor.wait(1)
+        assert (result.group is None) == (policy != "keep")
+        assert executor.staleness_violations == (policy == "keep")
+
+
 async def test_what_came_too_late_is_reported_and_gives_its_budget_back(
     autojump_clock: Clock,
 ) -> None:
