@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import trio
 
+from .checks import integer
 from .config import normalise_address
-from .errors import ConfigError, NoServerAvailable, UsageError
+from .errors import NoServerAvailable, UsageError
 from .leases import LeaseQueue
 from .scheduling import CAP_MAX
 from .server import IN_SERVICE, LEAVING, Server, ServerState, ServerStatistics
@@ -95,13 +96,13 @@ class Fleet:
 
         Raises:
             UsageError: If it is there already.
-            ConfigError: If the address is none, or the cap is no integer of at least 1.
+            ConfigError: If the address is none, or the cap is no integer in 1 … 2**20.
         """
         address = normalise_address(address)
         if address in self.by_address:
             raise UsageError(f"{address} is in the pool, {self.by_address[address].state.value}")
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
-            raise ConfigError(f"a server's cap must be an integer of at least 1, not {cap!r}")
+        if cap is not None:
+            cap = integer("a server's cap", cap, 1, CAP_MAX)
         server = Server(address)
         server.cap = cap or 0
         self.by_address[address] = server
