@@ -104,7 +104,7 @@ class Fleet:
         if cap is not None:
             cap = integer("a server's cap", cap, 1, CAP_MAX)
         server = Server(address)
-        server.cap = cap or 0
+        server.cap, server.cap_known = cap or 0, cap is not None
         self.by_address[address] = server
         self._smallest.clear()
         self.set_state(server, ServerState.JOINING, "added")
@@ -144,7 +144,7 @@ class Fleet:
         server = self.named(address)
         if isinstance(cap, bool) or not isinstance(cap, int) or not 0 <= cap <= CAP_MAX:
             raise UsageError(f"a cap is an integer in 0 … {CAP_MAX}, not {cap!r}")
-        server.cap = cap
+        server.cap, server.cap_known = cap, True
         if server.trial_cap is not None and server.trial_cap >= cap:
             server.trial_cap = None
         self._apply_cap(server)

@@ -37,6 +37,7 @@ class Server:
         address: Its base URL, and its name everywhere.
         info: What it said about itself.
         cap: Requests in flight at most, while it is in service; 0 before it is known.
+        cap_known: Somebody named its cap, or it was asked: a cap of 0 is one, too.
         version: The weights it was last told to serve, and confirmed.
         told: The newest it was told to load, confirmed or not.
         labelled: It carries a label that we gave it, so what it reports can be held to that.
@@ -67,6 +68,7 @@ class Server:
     address: str
     info: ServerInfo = field(default_factory=ServerInfo)
     cap: int = 0
+    cap_known: bool = False
     version: int = 0
     told: int = 0
     labelled: bool = False
