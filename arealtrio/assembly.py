@@ -85,11 +85,12 @@ class BatchAssembly:
         )
         if instead_of is not None:
             self._left += [entry for entry in instead_of.places if isinstance(entry, Group)]
+            self._untold.append(instead_of.batch((), 0))
         for group in self._left:
             stream.put(group)
         for batch in reversed(self._untold):
             stream.tell_again(batch)
-        self._left = []
+        self._left, self._untold = [], []
         return stream
 
     def _never_begun(self, stream: BatchStream, loader: DataLoader) -> bool:

@@ -702,8 +702,9 @@ async def test_the_last_batch_of_an_epoch_is_delivered_again_too(autojump_clock:
             await executor.prepare_batch(loader, Instant())
 
 
+@pytest.mark.parametrize("before", [True, False])
 async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs(
-    autojump_clock: Clock,
+    before: bool, autojump_clock: Clock
 ) -> None:
     async with simulated_executor(servers=1, consumer_batch_size=3, max_staleness=9) as (
         executor,
@@ -712,10 +713,13 @@ async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs(
         loader = prompt_list(7)
         workflow = Instant(lambda data: None if data["prompt_id"] in (4, 6) else "accept")
         first, last = [batch async for batch in executor.batches(loader, workflow)]
-        executor.give_back(last)
+        if before:
+            executor.give_back(last)
         check_counts(executor)
         with pytest.raises(TypeError):  # a loader that can not be begun loses none of it
             await executor.prepare_batch(CanNotBegin(), workflow)
+        if not before:
+            executor.give_back(last)
         again = [batch async for batch in executor.batches(prompt_list(3), workflow)]
         delivered = [i for batch in again for i in prompt_ids(batch)]
         assert sorted(delivered) == sorted([*prompt_ids(last), 0, 1, 2])
