@@ -416,6 +416,7 @@ class WorkflowExecutor(ServerFace):
         may = self._may_requeue(group)
         if may:
             self._live[group.task_id] = group
+            self._alarm.arm()
             group.begin_again()
             self._admission.requeue_accepted(group)
         return may
