@@ -105,6 +105,7 @@ class Fleet:
             cap = integer("a server's cap", cap, 1, CAP_MAX)
         server = Server(address)
         server.cap, server.cap_known = cap or 0, cap is not None
+        server.ungrouped = True
         self.by_address[address] = server
         self._smallest.clear()
         self.set_state(server, ServerState.JOINING, "added")

@@ -57,6 +57,7 @@ class Server:
         loading: It has told no label since weights were sent to it. If it was restarted, nobody
             knows whether before or after them.
         base_version: The weights of its base model, without adapters.
+        ungrouped: It was added, or started again, since a weights group met, so it is in none.
         asleep: The memory that it let go of, by the dialect's tags.
         unwoken: The memory that it was to take back and did not confirm to have, by tag: whether it
             may have it all the same.
@@ -87,6 +88,7 @@ class Server:
     tainted: bool = False
     loading: bool = False
     base_version: int = 0
+    ungrouped: bool = False
     asleep: set[str] = field(default_factory=set)
     unwoken: dict[str, bool] = field(default_factory=dict)
     held: int = 0
