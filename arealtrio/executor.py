@@ -207,8 +207,10 @@ class WorkflowExecutor(ServerFace):
             result = await self._wait_within(
                 timeout_s, poll, lambda: f"task {task_id!r} has not settled"
             )
-        finally:
+        except BaseException:  # not where it came: its id may be in use again by now
             self._results.unclaim(task_id, is_eval=is_eval)
+            raise
+        finally:
             self._waiting.notify()  # a result that came as this waiter gave up is for another
         (taken,) = self._took([result], is_eval=is_eval)
         return taken
