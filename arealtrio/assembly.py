@@ -85,11 +85,12 @@ class BatchAssembly:
         )
         if instead_of is not None:
             self._left += [entry for entry in instead_of.places if isinstance(entry, Group)]
+            self._untold.append(instead_of.batch((), 0))
         for group in self._left:
             stream.put(group)
         for batch in reversed(self._untold):
             stream.tell_again(batch)
-        self._left = []
+        self._left, self._untold = [], []
         return stream
 
     def _never_begun(self, stream: BatchStream, loader: DataLoader) -> bool:
@@ -191,7 +192,7 @@ class BatchAssembly:
             for group in batch.groups:
                 self._stream.put(group)
             self._stream.tell_again(batch)
-        self._consumption.take_back(batch.groups, batch.version - self._config.max_staleness)
+        self._consumption.take_back(batch.groups)
 
     def discard_outdated(self, version: int) -> bool:
         """Drop, or queue again, what waits for a batch and is too old for ``version``.

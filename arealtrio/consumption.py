@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 from .config import RolloutConfig
 from .lateness import is_bounded, is_older
@@ -28,6 +29,8 @@ class Consumption:
         self._staleness = staleness
         self._batch_size = config.consumer_batch_size
         self._is_bounded = is_bounded(config)
+        # The violations that may still be given back. What became of the rest is not ours to hold.
+        self._late: WeakSet[Group] = WeakSet()
 
     def take(self, groups: Sequence[Group], oldest: int) -> None:
         """Groups leave for the trainer.
@@ -37,12 +40,16 @@ class Consumption:
             oldest: The oldest version that one of their tokens may have.
         """
         self.groups += len(groups)
-        self.violations += sum(is_older(group, oldest) for group in groups)
+        late = [group for group in groups if is_older(group, oldest)]
+        self.violations += len(late)
+        self._late.update(late)
 
-    def take_back(self, groups: Sequence[Group], oldest: int) -> None:
-        """Undo ``take``: they did not reach the trainer."""
+    def take_back(self, groups: Sequence[Group]) -> None:
+        """Undo ``take``: they did not reach the trainer. Versions may have advanced since."""
         self.groups -= len(groups)
-        self.violations -= sum(is_older(group, oldest) for group in groups)
+        late = [group for group in groups if group in self._late]
+        self.violations -= len(late)
+        self._late.difference_update(late)
 
     def take_places(self, count: int) -> None:
         """Places leave without a group: charged for when they were taken, or thrown away."""

@@ -207,8 +207,10 @@ class WorkflowExecutor(ServerFace):
             result = await self._wait_within(
                 timeout_s, poll, lambda: f"task {task_id!r} has not settled"
             )
-        finally:
+        except BaseException:  # not where it came: its id may be in use again by now
             self._results.unclaim(task_id, is_eval=is_eval)
+            raise
+        finally:
             self._waiting.notify()  # a result that came as this waiter gave up is for another
         (taken,) = self._took([result], is_eval=is_eval)
         return taken
@@ -241,7 +243,7 @@ class WorkflowExecutor(ServerFace):
         for result in results:
             self._results.put(result, is_eval=is_eval)
             if not is_eval and result.group is not None:
-                self._consumption.take_back([result.group], self._oldest())
+                self._consumption.take_back([result.group])
         self._waiting.notify()
 
     # --- rollout_batch -----------------------------------------------------------------------
@@ -416,6 +418,7 @@ class WorkflowExecutor(ServerFace):
         may = self._may_requeue(group)
         if may:
             self._live[group.task_id] = group
+            self._alarm.arm()
             group.begin_again()
             self._admission.requeue_accepted(group)
         return may

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import trio
 
+from .checks import integer
 from .config import normalise_address
-from .errors import ConfigError, NoServerAvailable, UsageError
+from .errors import NoServerAvailable, UsageError
 from .leases import LeaseQueue
 from .scheduling import CAP_MAX
 from .server import IN_SERVICE, LEAVING, Server, ServerState, ServerStatistics
@@ -95,15 +96,16 @@ class Fleet:
 
         Raises:
             UsageError: If it is there already.
-            ConfigError: If the address is none, or the cap is no integer of at least 1.
+            ConfigError: If the address is none, or the cap is no integer in 1 … 2**20.
         """
         address = normalise_address(address)
         if address in self.by_address:
             raise UsageError(f"{address} is in the pool, {self.by_address[address].state.value}")
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
-            raise ConfigError(f"a server's cap must be an integer of at least 1, not {cap!r}")
+        if cap is not None:
+            cap = integer("a server's cap", cap, 1, CAP_MAX)
         server = Server(address)
-        server.cap = cap or 0
+        server.cap, server.cap_known = cap or 0, cap is not None
+        server.ungrouped = True
         self.by_address[address] = server
         self._smallest.clear()
         self.set_state(server, ServerState.JOINING, "added")
@@ -143,7 +145,7 @@ class Fleet:
         server = self.named(address)
         if isinstance(cap, bool) or not isinstance(cap, int) or not 0 <= cap <= CAP_MAX:
             raise UsageError(f"a cap is an integer in 0 … {CAP_MAX}, not {cap!r}")
-        server.cap = cap
+        server.cap, server.cap_known = cap, True
         if server.trial_cap is not None and server.trial_cap >= cap:
             server.trial_cap = None
         self._apply_cap(server)

@@ -24,6 +24,7 @@ async def take_out_if_restarted(pool: ServerPool, server: Server) -> bool:
     """
     if not await was_restarted(pool, server):
         return False
+    server.ungrouped = True
     if server.state in IN_SERVICE and not server.control_lock.locked():
         pool.mark_stale(server, "it was restarted, and has its first weights")
         server.cut_off()

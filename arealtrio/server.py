@@ -37,6 +37,7 @@ class Server:
         address: Its base URL, and its name everywhere.
         info: What it said about itself.
         cap: Requests in flight at most, while it is in service; 0 before it is known.
+        cap_known: Somebody named its cap, or it was asked: a cap of 0 is one, too.
         version: The weights it was last told to serve, and confirmed.
         told: The newest it was told to load, confirmed or not.
         labelled: It carries a label that we gave it, so what it reports can be held to that.
@@ -56,6 +57,7 @@ class Server:
         loading: It has told no label since weights were sent to it. If it was restarted, nobody
             knows whether before or after them.
         base_version: The weights of its base model, without adapters.
+        ungrouped: It was added, or started again, since a weights group met, so it is in none.
         asleep: The memory that it let go of, by the dialect's tags.
         unwoken: The memory that it was to take back and did not confirm to have, by tag: whether it
             may have it all the same.
@@ -67,6 +69,7 @@ class Server:
     address: str
     info: ServerInfo = field(default_factory=ServerInfo)
     cap: int = 0
+    cap_known: bool = False
     version: int = 0
     told: int = 0
     labelled: bool = False
@@ -85,6 +88,7 @@ class Server:
     tainted: bool = False
     loading: bool = False
     base_version: int = 0
+    ungrouped: bool = False
     asleep: set[str] = field(default_factory=set)
     unwoken: dict[str, bool] = field(default_factory=dict)
     held: int = 0

@@ -36,7 +36,7 @@ class ServerFace(RolloutNursery):
 
         Raises:
             UsageError: If it is there already.
-            ConfigError: If the address is none, or the cap is no integer of at least 1.
+            ConfigError: If the address is none, or the cap is no integer in 1 … 2**20.
         """
         self._check_open()
         self.engine.pool.fleet.add(address, cap)

@@ -445,8 +445,8 @@ class ServerPool:
         answers = [await self.send(server, ask, limits) for ask in self.dialect.discover()]
         self.fleet.learned(server, self.dialect.parse_discover(answers))
         server.tells_label(server.info.weight_version)
-        if server.state is ServerState.JOINING and not server.cap:
-            server.cap = self._initial_cap(server)
+        if server.state is ServerState.JOINING and not server.cap_known:
+            server.cap, server.cap_known = self._initial_cap(server), True
 
     def _initial_cap(self, server: Server) -> int:
         configured = self.config.cap_of(server.address)

@@ -95,12 +95,26 @@ async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
         async with server.control_lock:
             try:
                 await _restore_and_check(pool, server)
+            except _LacksUpdateError as exc:
+                _leave_to_update(pool, server, str(exc))
             except RolloutError as exc:
                 server.reason = f"{type(exc).__name__}: {exc}"
                 pool.ejection.unhealthy(server, exc)
             else:
                 _take_back(pool, server)
     server.restoring = None
+
+
+class _LacksUpdateError(RolloutError):
+    """A server is well, and lacks what the trainer alone can give it."""
+
+
+def _leave_to_update(pool: ServerPool, server: Server, reason: str) -> None:
+    """Leave a server to the next update, which asks those that are stale, and no others."""
+    if server.state in OUT_OF_ORDER and server.state is not ServerState.STALE:
+        server.frozen = _may_be_paused(server)  # as it was: it was not asked to generate yet
+        pool.mark_stale(server, reason)
+    server.reason = reason
 
 
 async def _restore_and_check(pool: ServerPool, server: Server) -> None:
@@ -199,6 +213,7 @@ def _forget(server: Server) -> None:
     """
     server.labelled = server.label_seen = False
     server.version = server.base_version = 0  # no label must name what it had before
+    server.ungrouped = True
     server.unwoken.clear()
     server.tainted = server.loading
     server.cut_off()
@@ -213,7 +228,7 @@ def _has_its_base(pool: ServerPool, server: Server) -> bool:
 async def _load_adapters(pool: ServerPool, server: Server) -> None:
     for adapter in pool.adapters.current:
         if not adapter.path:
-            raise RolloutError(
+            raise _LacksUpdateError(
                 f"the adapter {adapter.served_name} was sent by the trainer, which alone can do "
                 "that again; it returns with the next update"
             )
@@ -232,14 +247,14 @@ def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
     if pool.recipe is None:
         if reported == pool.version and not server.tainted:
             return ()
-        raise RolloutError(
+        raise _LacksUpdateError(
             f"its weights are of version {reported}, not {pool.version}, and the last update can "
             "not be repeated; it returns with the next"
         )
     # Or it is back from another membership, in which it was sent what is not yet the pool's.
     told = reported is not None and pool.version < reported <= pool.newest_told
     if not pool.recipe and (server.tainted or told or (server.labelled and reported is not None)):
-        raise RolloutError(
+        raise _LacksUpdateError(
             "its weights may not be those that it started with, and no update of this run can be "
             "repeated; it returns with the next, or when it is restarted"
         )

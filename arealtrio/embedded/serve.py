@@ -172,12 +172,17 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         ValueError: The weights are not sound.
     """
     engine, listener = await _prepare(settings)
+    left_with: BaseException | None = None
     async with trio.open_nursery() as nursery:
         server: RunningServer = await nursery.start(_serve, engine, listener, settings)
         try:
             yield server
+        except BaseException as exc:  # noqa: BLE001 - raised again below, unwrapped
+            left_with = exc
         finally:
             server.stop.set()
+    if left_with is not None:
+        raise left_with
 
 
 def main(
@@ -204,14 +209,15 @@ async def _run(
     settings: ServerSettings, on_listening: Callable[[str], None] | None, exit_with_parent: bool
 ) -> int:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with running_server(settings) as server, trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, server.stop)
-            if exit_with_parent:
-                nursery.start_soon(_stop_at_end_of_input, server.stop)
+        async with running_server(settings) as server:
             if on_listening is not None:
                 on_listening(server.url)
-            await server.stopped.wait()
-            nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, signals, server.stop)
+                if exit_with_parent:
+                    nursery.start_soon(_stop_at_end_of_input, server.stop)
+                await server.stopped.wait()
+                nursery.cancel_scope.cancel()
     return 1 if server.scheduler.state == "dead" else 0
 
 
@@ -221,8 +227,9 @@ async def _stop_on_signal(signals: AsyncIterator[int], stop: trio.Event) -> None
 
 
 async def _stop_at_end_of_input(stop: trio.Event) -> None:
-    """Nobody writes to that pipe; its end is the news."""
-    async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as pipe:
-        while await pipe.receive_some():
-            pass
+    """Nobody writes to that pipe; its end is the news. One that is closed has ended, too."""
+    if sys.stdin is not None:
+        async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as pipe:
+            while await pipe.receive_some():
+                pass
     stop.set()

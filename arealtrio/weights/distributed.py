@@ -65,6 +65,8 @@ async def init_weights_group(
             f"the weights group {group.name!r} did not meet ({words or 'no server is in service'})",
             failed,
         )
+    for server in servers:
+        server.ungrouped = False
     return joined
 
 
@@ -152,7 +154,7 @@ def check_members(pool: ServerPool, servers: Sequence[Server], update: WeightUpd
     """Refuse a distributed update that can not be whole, before anything is sent.
 
     Raises:
-        WeightUpdateError: If a member of its group is not there any more.
+        WeightUpdateError: If a member of its group is not there any more, or was started again.
         UsageError: If ``send`` is not an async function, or servers of this dialect receive no
             adapters and it is of one.
     """
@@ -165,12 +167,12 @@ def check_members(pool: ServerPool, servers: Sequence[Server], update: WeightUpd
         raise UsageError(
             f"{pool.dialect.name} takes adapters from disk alone; use WeightUpdate.lora"
         )
-    there = {server.address for server in servers}
+    there = {server.address for server in servers if not server.ungrouped}
     if missing := [address for address in update.group.members if address not in there]:
         raise WeightUpdateError(
             f"{', '.join(missing)} of the weights group {update.group.name!r} can not take part, "
             "and a broadcast needs all; make another group with init_weights_group",
-            dict.fromkeys(missing, "not in service"),
+            dict.fromkeys(missing, "not in service, or started again since the group met"),
         )
 
 

@@ -259,6 +259,23 @@ async def test_a_result_given_back_is_a_violation_once(autojump_clock: Clock) ->
         assert executor.staleness_violations == 0
 
 
+@pytest.mark.parametrize("policy", ["keep", "wait", "drop"])
+async def test_a_result_given_back_after_an_update_is_no_violation_less(
+    policy: str, autojump_clock: Clock
+) -> None:
+    async with simulated_executor(
+        servers=1, consumer_batch_size=1, max_staleness=0, straggler_policy=policy
+    ) as (executor, _):
+        executor.submit({}, Instant())
+        results = await executor.wait(1)
+        await executor.set_version(1)
+        executor.give_back_results(results, is_eval=False)
+        assert executor.staleness_violations == 0
+        (result,) = await executor.wait(1)
+        assert (result.group is None) == (policy != "keep")
+        assert executor.staleness_violations == (policy == "keep")
+
+
 async def test_what_came_too_late_is_reported_and_gives_its_budget_back(
     autojump_clock: Clock,
 ) -> None:
@@ -685,8 +702,9 @@ async def test_the_last_batch_of_an_epoch_is_delivered_again_too(autojump_clock:
             await executor.prepare_batch(loader, Instant())
 
 
+@pytest.mark.parametrize("before", [True, False])
 async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs(
-    autojump_clock: Clock,
+    before: bool, autojump_clock: Clock
 ) -> None:
     async with simulated_executor(servers=1, consumer_batch_size=3, max_staleness=9) as (
         executor,
@@ -695,10 +713,13 @@ async def test_a_batch_given_back_after_its_epochs_end_is_the_next_epochs(
         loader = prompt_list(7)
         workflow = Instant(lambda data: None if data["prompt_id"] in (4, 6) else "accept")
         first, last = [batch async for batch in executor.batches(loader, workflow)]
-        executor.give_back(last)
+        if before:
+            executor.give_back(last)
         check_counts(executor)
         with pytest.raises(TypeError):  # a loader that can not be begun loses none of it
             await executor.prepare_batch(CanNotBegin(), workflow)
+        if not before:
+            executor.give_back(last)
         again = [batch async for batch in executor.batches(prompt_list(3), workflow)]
         delivered = [i for batch in again for i in prompt_ids(batch)]
         assert sorted(delivered) == sorted([*prompt_ids(last), 0, 1, 2])

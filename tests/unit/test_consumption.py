@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -67,8 +69,29 @@ def test_keep_is_charged_nothing_and_counts_what_is_beyond_the_bound() -> None:
     consumption.take([old, *young], oldest=3)
     consumption.charge_for(9)
     assert (consumption.violations, staleness.charged) == (1, 0)
-    consumption.take_back([old], oldest=3)
+    consumption.take_back([old])
     assert (consumption.groups, consumption.violations) == (2, 0)
+
+
+def test_what_was_in_time_when_it_left_is_no_violation_the_less_when_it_is_given_back() -> None:
+    consumption, _ = make("keep")
+    (late,), (early,) = groups(2), groups(3)
+    consumption.take([late, early], oldest=3)
+    consumption.take_back([early])  # at version 9, say, where it would be too old
+    assert (consumption.groups, consumption.violations) == (1, 1)
+    consumption.take_back([late])
+    assert (consumption.groups, consumption.violations) == (0, 0)
+
+
+def test_it_holds_no_group_that_the_trainer_has_let_go_of() -> None:
+    consumption, _ = make("keep")
+    (late,) = groups(2)
+    consumption.take([late], oldest=3)
+    alive = ref(late)
+    del late
+    gc.collect()
+    assert alive() is None
+    assert consumption.violations == 1
 
 
 @pytest.mark.parametrize("version", [0, 3])

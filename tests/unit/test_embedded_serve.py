@@ -276,3 +276,21 @@ async def test_the_process_says_why_it_cannot_start(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"none" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_an_announcement_that_can_not_be_written_is_an_ordinary_error(weights: Path) -> None:
+    command = [sys.executable, "-m", "arealtrio.embedded", "--weights", str(weights)]
+    with open("/dev/full", "wb") as full:
+        pipe = subprocess.PIPE
+        done = subprocess.run(command, stdout=full, stderr=pipe, timeout=30, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"Error: [Errno 28] No space left on device\n"
+
+
+async def test_a_process_whose_input_is_closed_has_no_parent_to_outlive(weights: Path) -> None:
+    words = f'exec "{sys.executable}" -m arealtrio.embedded --exit-with-parent --weights "$0" <&-'
+    command = ["sh", "-c", words, str(weights)]
+    with trio.fail_after(30):
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+    assert done.stderr == b""

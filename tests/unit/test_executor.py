@@ -265,6 +265,34 @@ async def test_a_result_freed_by_a_waiter_that_gave_up_wakes_another(
             puppet.end_all()
 
 
+async def test_an_id_may_be_used_again_as_soon_as_its_result_is_taken(
+    autojump_clock: Clock,
+) -> None:
+    async with (
+        simulated_executor(servers=1, consumer_batch_size=64) as (executor, _),
+        trio.open_nursery() as nursery,
+    ):
+        puppet = Puppet()
+
+        async def again() -> RolloutResult:
+            executor.submit({"prompt_id": "second"}, puppet, task_id="a")
+            return await executor.wait_for_task("a")
+
+        for _ in range(20):  # who runs first, the waiter that was woken or the other, is chance
+            executor.submit({"prompt_id": "first"}, puppet, task_id="a")
+            first = Deferred(nursery, executor.wait_for_task, "a")
+            await settled()
+            puppet.end_all()
+            while "a" in executor._results or "a" in executor._live:
+                await trio.lowlevel.checkpoint()
+            second = Deferred(nursery, again)
+            await settled()
+            puppet.end_all()
+            await settled()
+            assert (first.error, second.error) == (None, None)
+            assert [first.value.prompt_id, second.value.prompt_id] == ["first", "second"]
+
+
 async def test_wait_wait_for_task_and_evaluation_steal_nothing_from_each_other(
     autojump_clock: Clock,
 ) -> None:

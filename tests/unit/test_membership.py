@@ -57,6 +57,26 @@ def test_a_trainer_adds_removes_and_recaps_servers() -> None:
         rollout.add_server(second)
 
 
+def test_a_cap_beyond_all_bounds_is_refused_where_it_is_named() -> None:
+    with controller(named=1) as (rollout, fleet):
+        first, second = fleet.addresses
+        with pytest.raises(ConfigError, match="at most 1048576"):
+            rollout.add_server(second, cap=2**20 + 1)
+        assert states(rollout) == {first: "ready"}
+        rollout.add_server(second, cap=2**20)
+        rollout.wait_ready(10.0)
+
+
+def test_a_server_that_was_drained_while_it_joined_gets_no_request() -> None:
+    with controller(named=1) as (rollout, fleet):
+        rollout.add_server(fleet.addresses[1])
+        rollout.set_server_cap(fleet.addresses[1], 0)
+        rollout.wait_ready(10.0)
+        assert [(row.cap, row.allowed) for row in rollout.statistics()] == [(8, 8), (0, 0)]
+        rollout.set_server_cap(fleet.addresses[1], 2)
+        assert [row.allowed for row in rollout.statistics()] == [8, 2]
+
+
 def test_wait_ready_says_who_is_not() -> None:
     with controller(named=1) as (rollout, _):
         rollout.add_server("http://nobody:1")

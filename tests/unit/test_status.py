@@ -245,6 +245,35 @@ async def test_a_stall_is_logged_with_the_table_and_settlements_put_it_off(
     assert {record.name.partition(".")[0] for record in caplog.records} == {"arealtrio"}
 
 
+async def test_what_is_queued_again_once_all_had_settled_stalls_too(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "arealtrio")
+    async with (
+        trio.open_nursery() as nursery,
+        simulated_executor(
+            servers=1,
+            consumer_batch_size=1,
+            max_staleness=0,
+            straggler_policy="requeue",
+            stall_warning_s=10,
+        ) as (executor, _),
+    ):
+        puppet, loader = Puppet(), prompt_list(2)
+        call = Deferred(nursery, executor.prepare_batch, loader, puppet)
+        for number in range(2):
+            await settled()
+            puppet.end(number)
+            await settled()
+            await executor.set_version(number + 1)
+        assert call.value is not None
+        await executor.set_version(3)  # the second was made in version 1, and nobody took it
+        await settled()
+        assert [rollout.prompt_id for rollout in puppet.running] == [1]
+        await trio.sleep(11)
+        assert len(stalls(caplog)) == 1
+
+
 async def test_it_counts_by_stage(autojump_clock: Clock) -> None:
     async with trio.open_nursery() as nursery, simulated_executor(servers=1) as (executor, _):
         call = Deferred(nursery, executor.prepare_batch, prompts(), Puppet())

@@ -479,7 +479,7 @@ async def test_after_a_label_alone_a_server_returns_only_if_it_has_not_lost_its_
         await until_states(engine, "ejected", "ready")
         faulty.fleet.servers[0].restart()
         await trio.sleep(200)
-        assert states(engine) == ["ejected", "ready"]
+        assert states(engine) == ["stale", "ready"]
         assert "can not be repeated" in engine.statistics()[0].reason
         await update_weights(engine.pool, disk(6))
         await until_states(engine, "ready", "ready")

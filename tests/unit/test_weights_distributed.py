@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from arealtrio.config import RolloutConfig
 from arealtrio.controller import RolloutController
@@ -29,6 +31,7 @@ from arealtrio.weights import (
 )
 
 from .embedded_server import PROMPT, VOCAB_SIZE
+from .faulty import faulty_engine
 from .observed import Observed, observed_engine, running_servers
 
 both_dialects = pytest.mark.parametrize("dialect", ["vllm", "sglang"])
@@ -301,6 +304,43 @@ async def test_a_group_without_one_of_its_members_is_refused_unharmed(
         with pytest.raises(WeightUpdateError, match="make another group"):
             await update_weights(engine.pool, update_of(group))
         assert states(engine) == ["ready"]
+
+
+@pytest.mark.parametrize("how", ["added", "restarted", "ejected"])
+async def test_who_comes_or_returns_without_the_weights_gets_them_in_another_group(
+    how: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with faulty_engine(named=1 if how == "added" else 2) as (engine, faulty):
+        addresses = faulty.fleet.addresses
+        group = await init_weights_group(engine.pool, GROUP)
+        await update_weights(engine.pool, update_of(group))
+        if how == "added":
+            engine.pool.fleet.add(addresses[1])
+        elif how == "restarted":
+            faulty.fleet.servers[1].restart()
+        else:
+            faulty.fleet.servers[1].die()
+            await trio.sleep(100)
+            assert states(engine) == ["ready", "ejected"]
+            faulty.fleet.servers[1].mend()
+        await trio.sleep(200)
+        assert states(engine) == ["ready", "stale"]
+        assert "returns with the next" in engine.statistics()[1].reason
+        if how != "added":
+            with pytest.raises(WeightUpdateError, match="make another group"):
+                await update_weights(engine.pool, update_of(group, version=2))
+            assert states(engine) == ["ready", "stale"]
+        result = await update_weights(engine.pool, WeightUpdate.label(2))
+        assert list(result.failed) == [addresses[1]]  # it has other weights
+        group = await init_weights_group(engine.pool, replace(GROUP, name="another"))
+        assert group.members == addresses
+        result = await update_weights(engine.pool, update_of(group, version=3))
+        assert result.updated == addresses
+        assert states(engine) == ["ready", "ready"]
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(engine.agenerate, ModelRequest([3]))
+        assert all(row.requests for row in engine.statistics())
 
 
 async def test_a_refused_group_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
