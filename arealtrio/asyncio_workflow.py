@@ -161,7 +161,15 @@ def explain_asyncio(error: Exception, workflow: object) -> Exception:
 def _misses_asyncio(error: Exception) -> bool:
     if not isinstance(error, RuntimeError | TypeError | AttributeError):
         return False
-    return any(sign in str(error) for sign in SIGNS) or _raised_in_asyncio(error)
+    words = _words_of(error)
+    return any(sign in words for sign in SIGNS) or _raised_in_asyncio(error)
+
+
+def _words_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - user code as well, and an error that can not be told is one
+        return ""
 
 
 def _raised_in_asyncio(error: Exception) -> bool:
