@@ -57,11 +57,15 @@ def evaluate(job: bytes) -> Report:
     end_with_parent()
     if _broken is not None:
         return _broken
+    ours, status = os.getpid(), 0
     try:
         function, args, kwargs = pickle.loads(job)
-        return _checked(function, args, kwargs)
+        report = _checked(function, args, kwargs)
     except BaseException as exc:  # noqa: BLE001 - sys.exit() in a reward is its error like any other
-        return _raised(exc)
+        report, status = _raised(exc), _status(exc)
+    if os.getpid() != ours:  # a child that the function forked: its answer would be the next call's
+        os._exit(status)
+    return report
 
 
 def _checked(function: Callable[..., object], args: Any, kwargs: Any) -> Report:
@@ -70,6 +74,12 @@ def _checked(function: Callable[..., object], args: Any, kwargs: Any) -> Report:
         return "value", None if value is None else as_reward(value)
     except WorkflowError as exc:
         return "wrong", str(exc)
+
+
+def _status(exc: BaseException) -> int:
+    """What a process that such an exception ends exits with."""
+    code = exc.code if isinstance(exc, SystemExit) else 1
+    return code if isinstance(code, int) else int(code is not None)
 
 
 def _raised(exc: BaseException) -> Raised:

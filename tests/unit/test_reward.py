@@ -137,6 +137,14 @@ async def test_a_crash_takes_only_its_own_process() -> None:
         assert await pool.run(rewards.give, 1) == 1.0
 
 
+async def test_a_child_that_a_reward_forks_answers_nobody() -> None:
+    """Its answer came first, and its parent's was taken for that of the next call."""
+    async with small_pool() as pool:
+        for status in (3, 0):
+            assert await pool.run(rewards.fork, status) == float(status)
+            assert await pool.run(rewards.give, 0.5) == 0.5
+
+
 async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     async with small_pool() as pool:
