@@ -12,8 +12,11 @@ import os
 import pickle
 import select
 import signal
+import stat
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeAlias
 
 from .errors import WorkflowError
@@ -23,6 +26,8 @@ Value: TypeAlias = tuple[Literal["value"], float | None]
 Wrong: TypeAlias = tuple[Literal["wrong"], str]  # why the value is no reward
 Raised: TypeAlias = tuple[Literal["raised"], str, str]  # the exception's type, its traceback
 Report: TypeAlias = Value | Wrong | Raised
+
+_FIRST_FD = 3  # after the standard ones
 
 _broken: Raised | None = None  # how this process's initializer failed
 
@@ -108,3 +113,35 @@ def end_with_parent() -> None:
     fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
     if select.select([parent.sentinel], [], [], 0)[0]:  # it was gone before
         os._exit(1)
+    _keep_pipes()
+
+
+def _keep_pipes() -> None:
+    """Let nothing that a reward starts hold the pipes by whose end the pool knows that of this one.
+
+    What outlives this process (a program in the background, what a killed grader had started) would
+    keep the pool waiting for as long as it lives, whatever the time-out. What is executed inherits
+    no pipe, and what is forked closes them first of all: those that are written to from here and
+    read elsewhere, but for the resource tracker's, which a child goes on to use.
+    """
+    pipes = {}
+    for fd in range(_FIRST_FD, max(map(int, os.listdir("/dev/fd"))) + 1):
+        with suppress(OSError):  # it is not open
+            status = os.fstat(fd)
+            if stat.S_ISFIFO(status.st_mode):
+                pipes[fd] = status.st_ino
+                os.set_inheritable(fd, False)
+    ends = list(pipes.values())
+    tracker = resource_tracker.getfd()
+    ours = [fd for fd in pipes if ends.count(pipes[fd]) == 1 and _is_written(fd) and fd != tracker]
+    os.register_at_fork(after_in_child=lambda: _close(ours))
+
+
+def _is_written(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with suppress(OSError):  # the reward has closed it
+            os.close(fd)

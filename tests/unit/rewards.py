@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,19 @@ def fork(status: int) -> float:
     if child == 0:
         return 99.0
     return float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def start_and(end: str, path: str, *, forked: bool) -> float:
+    """Start a process that stays, write its id, and hang, crash or return."""
+    if not forked:
+        child = subprocess.Popen(["sleep", "60"], close_fds=False).pid
+    elif (child := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    Path(path).write_text(str(child))
+    if end == "crash":
+        os._exit(7)
+    return hang() if end == "hang" else 1.0
 
 
 def raise_unpicklable() -> float:

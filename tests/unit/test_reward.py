@@ -145,6 +145,20 @@ async def test_a_child_that_a_reward_forks_answers_nobody() -> None:
             assert await pool.run(rewards.give, 0.5) == 0.5
 
 
+@pytest.mark.parametrize("forked", [True, False])
+async def test_nobody_waits_for_a_process_that_a_reward_started(
+    tmp_path: Path, forked: bool
+) -> None:
+    """It outlives the reward's own, and what that shares with the pool must end with that."""
+    async with small_pool(timeout_s=2.0) as pool:
+        for end, error in (("return", None), ("hang", RewardTimedOut), ("crash", RewardCrashed)):
+            path = tmp_path / end
+            with trio.fail_after(20):
+                outcome = await pool.outcome(rewards.start_and, end, str(path), forked=forked)
+            os.kill(await written(path), signal.SIGKILL)
+            assert (outcome.error and type(outcome.error)) is error
+
+
 async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     async with small_pool() as pool:
