@@ -159,6 +159,14 @@ async def test_nobody_waits_for_a_process_that_a_reward_started(
             assert (outcome.error and type(outcome.error)) is error
 
 
+async def test_an_alarm_that_a_reward_leaves_behind_does_not_ring_in_the_next() -> None:
+    async with small_pool() as pool:
+        for then in ("", "no answer"):
+            outcome = await pool.outcome(rewards.leave_an_alarm, then=then)
+            assert (outcome.error is None) is (not then)
+            assert await pool.run(rewards.nap, 0.4) == 1.0
+
+
 async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     async with small_pool() as pool:
