@@ -27,6 +27,9 @@ Wrong: TypeAlias = tuple[Literal["wrong"], str]  # why the value is no reward
 Raised: TypeAlias = tuple[Literal["raised"], str, str]  # the exception's type, its traceback
 Report: TypeAlias = Value | Wrong | Raised
 
+TRACEBACK_SIZE = 2**16
+"""Characters of a traceback that are told: its head and its end. A batch may hold a thousand."""
+
 _FIRST_FD = 3  # after the standard ones
 
 _broken: Raised | None = None  # how this process's initializer failed
@@ -92,6 +95,9 @@ def _status(exc: BaseException) -> int:
 
 def _raised(exc: BaseException) -> Raised:
     text = "".join(traceback.format_exception(exc))
+    if len(text) > TRACEBACK_SIZE:  # its message may be all that a grader read
+        half = TRACEBACK_SIZE // 2
+        text = f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"
     return "raised", type(exc).__qualname__, text
 
 

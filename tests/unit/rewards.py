@@ -105,6 +105,10 @@ def leave_an_alarm(*, then: str = "") -> float:
     return 1.0
 
 
+def raise_at_length(size: int) -> float:
+    raise ValueError("x" * size + "the end")
+
+
 def raise_unpicklable() -> float:
     class LocalError(Exception):
         def __init__(self, a: int, b: int) -> None:

@@ -27,6 +27,7 @@ from arealtrio.errors import (
     RolloutClosed,
 )
 from arealtrio.reward import AsyncRewardWrapper, ProcessReward, RewardOutcome, RewardPool
+from arealtrio.reward_worker import TRACEBACK_SIZE
 from arealtrio.settlement import classify
 from arealtrio.types import FailureKind, GenerationHyperparameters, ModelRequest, ModelResponse
 from arealtrio.workflow import SingleTurnWorkflow
@@ -184,6 +185,17 @@ async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_p
             with pytest.raises(RewardRaised, match=kind):
                 await pool.run(function)
         assert await pool.run(rewards.pid) == same, "an exception costs no process"
+
+
+async def test_of_a_traceback_of_any_length_its_head_and_its_end_are_told() -> None:
+    async with small_pool() as pool:
+        with pytest.raises(RewardRaised) as caught:
+            await pool.run(rewards.raise_at_length, 10**7)
+    told = caught.value.remote_traceback
+    assert len(told) < TRACEBACK_SIZE + 100
+    assert told.startswith("Traceback")
+    assert "characters left out" in told
+    assert told.endswith("the end\n")
 
 
 async def test_cancellation_kills_the_process(tmp_path: Path) -> None:
