@@ -116,7 +116,7 @@ class RewardPool:
         self.start_timeout_s = _positive("start_timeout_s", start_timeout_s)
         self.warm = warm
         self._initializer = initializer
-        self._functions: dict[Callable[..., object], None] = {}  # ordered, unlike a set
+        self._functions: dict[bytes, Callable[..., object]] = {}  # by its pickle: some have no hash
         self._preparation()
         self._workers = OncePerRun("reward pool", self._open)
 
@@ -139,8 +139,7 @@ class RewardPool:
         Raises:
             ConfigError: If it can not be pickled.
         """
-        _check_function(function)
-        self._functions[function] = None
+        self._functions[_pickled(function)] = function
 
     def start(self) -> None:
         """Begin to start the processes, and return at once; harmless if they are there."""
@@ -194,7 +193,7 @@ class RewardPool:
 
     def _preparation(self) -> bytes:
         try:
-            return pickle.dumps((list(self._functions), self._initializer))
+            return pickle.dumps((list(self._functions.values()), self._initializer))
         except Exception as exc:
             raise ConfigError(
                 f"the initializer can not be pickled ({exc}): give a function of a module"
@@ -445,13 +444,13 @@ def name_of(function: Callable[..., object]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _check_function(function: Callable[..., object]) -> None:
+def _pickled(function: Callable[..., object]) -> bytes:
     if not callable(function):
         raise ConfigError(f"a reward function must be callable, not a {type(function).__name__}")
     if inspect.iscoroutinefunction(function):
         raise ConfigError(f"{name_of(function)} is async: give it to the workflow as it is")
     try:
-        pickle.dumps(function)
+        return pickle.dumps(function)
     except Exception as exc:
         raise ConfigError(
             f"{name_of(function)} can not be pickled ({exc}): give a function of a module, not a "

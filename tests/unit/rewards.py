@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def was_initialized() -> float:
 
 def length(prompt: Any, completions: Any, prompt_ids: Any, completion_ids: Any, **_: Any) -> float:
     return float(len(completion_ids))
+
+
+@dataclass
+class Scaled:
+    """A callable as a dataclass makes one: equal by value, and without a hash."""
+
+    factor: float
+
+    def __call__(self, value: float) -> float:
+        return self.factor * value
 
 
 def give(value: Any) -> Any:

@@ -105,6 +105,12 @@ async def test_what_is_no_reward_is_an_error_and_no_zero() -> None:
             assert "rewards.give: a reward must be" in str(outcome.error)
 
 
+async def test_a_callable_without_a_hash_is_a_reward_too() -> None:
+    async with small_pool() as pool:
+        for factor in (2.0, 3.0, 2.0):
+            assert await ProcessReward(rewards.Scaled(factor), pool)(0.5) == factor / 2
+
+
 async def test_any_keyword_reaches_the_function() -> None:
     """A prompt's data may have keys of any name; none is taken for an argument of ours."""
     names = ("self", "function", "timeout_s", "args", "kwargs", "job", "name", "pool")
