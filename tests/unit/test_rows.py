@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,18 @@ def test_a_reward_is_a_number(value: object, reward: float) -> None:
 def test_a_reward_that_is_none_is_never_zero(value: object) -> None:
     with pytest.raises(WorkflowError, match="a reward must be"):
         as_reward(value)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, 10**39, np.float64(1e300)])
+def test_a_reward_that_is_infinite_in_a_batch_is_refused(value: Any) -> None:
+    with pytest.raises(WorkflowError, match="a reward must be finite as a float32"):
+        as_reward(value)
+    with pytest.raises(WorkflowError, match="reward must be finite as a float32"):
+        replace(trajectory_from_response(response(ids(1), ids(2)), 0.0), reward=value)
+    with pytest.raises(WorkflowError, match="not inf"):
+        as_reward(10**400)
+    largest = float(np.finfo(np.float32).max)
+    assert as_reward(largest) == largest
 
 
 def test_columns_are_int32_or_float32() -> None:
