@@ -26,6 +26,7 @@ import trio_parallel
 
 from . import reward_worker
 from .bridge import in_trio
+from .checks import finite, integer
 from .errors import (
     ConfigError,
     RewardCrashed,
@@ -109,9 +110,7 @@ class RewardPool:
         initializer: Callable[[], object] | None = None,
         start_timeout_s: float = 120.0,
     ) -> None:
-        self.max_workers = _half_the_cores() if max_workers is None else max_workers
-        if self.max_workers < 1:
-            raise ConfigError(f"max_workers must be at least 1, not {max_workers}")
+        self.max_workers = _workers(max_workers)
         self.timeout_s = _positive("timeout_s", timeout_s)
         self.start_timeout_s = _positive("start_timeout_s", start_timeout_s)
         self.warm = warm
@@ -432,7 +431,7 @@ class AsyncRewardWrapper(ProcessReward):
             raise ConfigError(
                 "max_retries must be 0: a reward that fails or hangs once does so again"
             )
-        count = _half_the_cores() if max_workers is None else max_workers
+        count = _workers(max_workers)
         pool = _areal_pools.get(count) or RewardPool(count)
         super().__init__(reward_fn, pool, timeout_s=timeout_seconds)
         _areal_pools[count] = pool
@@ -458,12 +457,17 @@ def _pickled(function: Callable[..., object]) -> bytes:
         ) from exc
 
 
+def _workers(count: int | None) -> int:
+    return _half_the_cores() if count is None else integer("max_workers", count, 1)
+
+
 def _half_the_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // 2)
 
 
 def _positive(name: str, seconds: float) -> float:
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"{name} must be finite and above 0, not {seconds!r}")
-    return seconds
+    value = finite(name, seconds)
+    if value <= 0:
+        raise ConfigError(f"{name} must be finite and above 0, not {value!r}")
+    return value

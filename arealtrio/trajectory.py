@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import collate
-from .errors import ConfigError, UsageError, WorkflowError
+from .checks import integer
+from .errors import UsageError, WorkflowError
 from .rows import RowBuilder, check_extra_names, rows_from_result, trajectory_from_response
 from .to_torch import to_torch
 from .types import (
@@ -161,9 +162,8 @@ class CollateBuffers:
     """
 
     def __init__(self, size: int = 2) -> None:
-        if size < 1:
-            raise ConfigError(f"a ring of buffers needs a size of at least 1, not {size}")
-        self._places: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(size)]
+        places = range(integer("a ring of buffers' size", size, 1))
+        self._places: list[dict[str, npt.NDArray[Any]]] = [{} for _ in places]
         self._next = 0
 
     @property

@@ -367,10 +367,12 @@ def test_a_killed_trainer_leaves_no_hanging_reward(tmp_path: Path) -> None:
 
 def test_wrong_constructions_are_refused() -> None:
     pool = RewardPool(1)
-    for wrong in (0, -1):
-        with pytest.raises(ConfigError, match="max_workers"):
-            RewardPool(wrong)
-    for seconds in (0.0, float("inf"), float("nan")):
+    for wrong in (0, -1, 2.5, "4", True):
+        for make in (RewardPool, partial(AsyncRewardWrapper, rewards.pid, 15.0)):
+            with pytest.raises(ConfigError, match="max_workers must be an integer of at least 1"):
+                make(wrong)  # type: ignore[arg-type]
+    wrong_seconds: tuple[Any, ...] = (0.0, float("inf"), float("nan"), "15", True)
+    for seconds in wrong_seconds:
         with pytest.raises(ConfigError, match="timeout_s"):
             RewardPool(1, timeout_s=seconds)
         with pytest.raises(ConfigError, match="start_timeout_s"):
@@ -387,6 +389,8 @@ def test_wrong_constructions_are_refused() -> None:
         ProcessReward(pool.run, pool)
     with pytest.raises(ConfigError, match="max_retries must be 0"):
         AsyncRewardWrapper(rewards.pid, max_retries=3)
+    with pytest.raises(ConfigError, match="timeout_s must be a finite number, not None"):
+        RewardPool(1, timeout_s=None)  # type: ignore[arg-type]
     assert RewardPool().max_workers >= 1
 
 

@@ -243,8 +243,10 @@ def test_an_extra_may_change_its_dtype_between_batches() -> None:
 
 def test_a_ring_has_a_place() -> None:
     assert CollateBuffers().size == 2
-    with pytest.raises(ConfigError, match="at least 1, not 0"):
-        CollateBuffers(0)
+    wrong_sizes: tuple[Any, ...] = (0, 2.5, "2")
+    for size in wrong_sizes:
+        with pytest.raises(ConfigError, match=f"at least 1, not {size!r}"):
+            CollateBuffers(size)
 
 
 def test_staleness_is_that_of_the_oldest_token() -> None:

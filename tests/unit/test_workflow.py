@@ -248,9 +248,14 @@ def test_wrong_constructions_are_refused(bpe: Tokenizer) -> None:
         SingleTurnWorkflow("areal.reward.gsm8k", GCONFIG)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="n_samples"):
         SingleTurnWorkflow(always(1), GCONFIG.new(n_samples=4))
-    with pytest.raises(ConfigError, match="max_turns"):
-        MultiTurnWorkflow(always(1), GCONFIG, bpe, 0, 1.0)
-    for discount in (0.0, 1.5, float("nan")):
+    with pytest.raises(ConfigError, match="gconfig must be GenerationHyperparameters"):
+        SingleTurnWorkflow(always(1), {"max_new_tokens": 8})  # type: ignore[arg-type]
+    wrong_turns: tuple[Any, ...] = (0, 2.5, "3", True, None)
+    for turns in wrong_turns:
+        with pytest.raises(ConfigError, match="max_turns must be an integer of at least 1"):
+            MultiTurnWorkflow(always(1), GCONFIG, bpe, turns, 1.0)
+    wrong_discounts: tuple[Any, ...] = (0.0, 1.5, float("nan"), "1", None)
+    for discount in wrong_discounts:
         with pytest.raises(ConfigError, match="turn_discount"):
             MultiTurnWorkflow(always(1), GCONFIG, bpe, 2, discount)
 
