@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import collate
-from .checks import integer
+from .checks import integer, one_of
 from .errors import UsageError, WorkflowError
 from .rows import RowBuilder, check_extra_names, rows_from_result, trajectory_from_response
 from .to_torch import to_torch
@@ -329,9 +329,10 @@ class Batch:
             buffers: As in ``padded``.
 
         Raises:
-            UsageError: If torch is not installed.
+            UsageError: If torch is not installed, or the layout is neither.
             WorkflowError: If the rows' extras differ in names, dtypes or widths.
         """
+        one_of("layout", layout, ("padded", "packed"), error=UsageError)
         if layout == "packed":
             return to_torch(self.packed(buffers=buffers))
         return to_torch(self.padded(pad_id, buffers=buffers))
@@ -348,7 +349,11 @@ class Batch:
         Args:
             of: ``tokens`` counts each generated token by its own version; ``trajectories`` counts
                 each row by ``staleness()``.
+
+        Raises:
+            UsageError: For another word.
         """
+        one_of("of", of, ("tokens", "trajectories"), error=UsageError)
         ages, counts = np.unique(
             self._token_ages() if of == "tokens" else self.staleness(), return_counts=True
         )
@@ -365,7 +370,7 @@ class Batch:
         if not self.rows:
             return np.empty(0, dtype=np.int32)
         versions = np.concatenate([row.versions for row in self.rows])
-        return np.asarray(self.version - versions[versions != PROMPT_VERSION], dtype=np.int32)
+        return np.asarray(self.version - versions[versions >= 0], dtype=np.int32)
 
     def _per_row(self) -> dict[str, npt.NDArray[Any]]:
         """Small, so always fresh."""

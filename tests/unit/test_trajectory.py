@@ -261,6 +261,20 @@ def test_the_histogram_counts_generated_tokens_or_trajectories() -> None:
     assert made.staleness_histogram(of="trajectories") == {0: 2, 6: 1}
 
 
+def test_no_count_of_versions_takes_a_negative_one_for_a_token_s() -> None:
+    """A workflow may mark what no model made by another number than -1."""
+    made = batch(group([row([-2, -100, 9])]), version=9)
+    assert made.staleness_histogram() == made.staleness_histogram(of="trajectories") == {0: 1}
+
+
+def test_a_word_for_neither_choice_is_refused() -> None:
+    made = batch(group([row([-1, 3])]))
+    with pytest.raises(UsageError, match="of must be one of tokens, trajectories, not 'token'"):
+        made.staleness_histogram("token")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="layout must be one of padded, packed, not 'flat'"):
+        made.to_torch(layout="flat")  # type: ignore[arg-type]
+
+
 def test_mixed_versions_are_counted_by_trajectory() -> None:
     made = batch(group([row([-1, 3, 9])], [row([9, 9])], [row([-1])], [row([1, -1, 2, 3])]))
     assert made.mixed_version_trajectories() == 2
