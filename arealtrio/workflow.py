@@ -160,8 +160,8 @@ class _RewardedWorkflow:
         result = self.reward_fn(
             self._decode(response.input_tokens),
             self._decode(response.output_tokens),
-            response.input_tokens,
-            response.output_tokens,
+            response.input_tokens.copy(),  # it may sort them, say, and these are yet to be a row
+            response.output_tokens.copy(),
             **{key: value for key, value in data.items() if key not in REWARD_ARGUMENTS},
         )
         if inspect.isawaitable(result):
