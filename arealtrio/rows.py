@@ -122,12 +122,12 @@ class RowBuilder:
         """Append tokens that no model made: masked 0, logprob 0, version -1.
 
         Args:
-            token_ids: int32[P]; a prompt, a user's turn, a tool's answer.
+            token_ids: int32[P]; a prompt, a user's turn, a tool's answer. Copied.
 
         Raises:
             InvalidRequest: If they are no token ids.
         """
-        self._append(as_token_ids(token_ids, "prompt tokens"))
+        self._append(as_token_ids(token_ids, "prompt tokens").copy())
         return self
 
     def append_response(self, response: ModelResponse) -> Self:

@@ -86,6 +86,17 @@ def test_turns_add_up() -> None:
     assert (built.head_version, built.tail_version, built.versions_exact) == (4, 6, False)
 
 
+def test_a_row_in_the_making_is_its_own_memory() -> None:
+    """A tool may answer in one array, turn after turn."""
+    answer = ids(1, 2)
+    row = RowBuilder().append_prompt(answer)
+    row.append_response(response(row.input_ids, ids(3)))
+    answer[:] = 9
+    row.append_prompt(answer)
+    answer[:] = 0
+    assert row.build(0.0).input_ids.tolist() == [1, 2, 3, 9, 9]
+
+
 def test_a_builder_can_branch_by_building_early() -> None:
     row = RowBuilder().append_response(response(ids(1), ids(2)))
     first = row.build(0.0)
