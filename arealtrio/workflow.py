@@ -59,6 +59,10 @@ class RolloutWorkflow(Protocol):
     is run in its rollout's cancel scope: at every ``await`` it may be cancelled, by its deadline
     among others, and must let ``trio.Cancelled`` pass. An exception it raises is recorded with the
     rollout; so are ``SystemExit`` and the like, and ``KeyboardInterrupt`` alone ends the run.
+
+    What it can not do is end inside a nursery that it opened: trio calls that corruption, and the
+    run ends. To leave the loop over an asynchronous generator with a nursery in it is to do so;
+    ``trio.as_safe_channel`` makes one that may be left.
     """
 
     @abstractmethod
