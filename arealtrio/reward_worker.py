@@ -16,6 +16,7 @@ import stat
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeAlias
 
@@ -126,6 +127,7 @@ def end_with_parent() -> None:
     multiprocessing.current_process().daemon = False  # which may start none: many graders do
 
 
+@cache  # where a pipe does not keep the flag above, this comes by with each reward
 def _keep_pipes() -> None:
     """Let nothing that a reward starts hold the pipes by whose end the pool knows that of this one.
 
