@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import integer
+from .checks import integer, shown
 from .config import GROUP_SIZE_MAX
 from .errors import UsageError
 from .group_policy import GroupPolicy
@@ -51,7 +51,7 @@ class RolloutArguments:
             resolve_workflow(workflow, workflow_kwargs),
             resolve_accept(should_accept_fn),
             positive("group_size", group_size, GROUP_SIZE_MAX),
-            group_policy or ALL_MEMBERS,
+            resolve_policy(group_policy),
         )
 
     def group(
@@ -106,7 +106,7 @@ class ArgumentResolver:
             and workflow is last.workflow
             and should_accept_fn is last.should_accept
             and group_size is last.group_size  # not ==: True is no size
-            and (group_policy or ALL_MEMBERS) is last.policy
+            and (ALL_MEMBERS if group_policy is None else group_policy) is last.policy
             and not workflow_kwargs
         ):
             return last
@@ -169,6 +169,24 @@ def resolve_accept(should_accept_fn: AcceptFunction | str | None) -> AcceptFunct
     if found is not None and not callable(found):
         raise UsageError(f"should_accept_fn can not be called: {type(found).__name__}")
     return found  # type: ignore[no-any-return]
+
+
+def resolve_policy(group_policy: GroupPolicy | None) -> GroupPolicy:
+    """Return a policy; of None, that all members must succeed.
+
+    It is asked only once a member does not succeed, and by then an error would be the run's.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    if group_policy is None:
+        return ALL_MEMBERS
+    if not isinstance(group_policy, GroupPolicy):
+        raise UsageError(
+            "group_policy must be a GroupPolicy, such as GroupPolicy.replace(), not "
+            f"{shown(group_policy)}"
+        )
+    return group_policy
 
 
 def _import(path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -74,11 +74,15 @@ class AsyncioWorkflow:
         workflow: An object with an asyncio coroutine method ``arun_episode(engine, data)``.
 
     Raises:
-        ConfigError: If it has none, or ``trio-asyncio`` is not installed (it comes with
-            ``arealtrio[asyncio]``).
+        ConfigError: If it has none, or is a class; or ``trio-asyncio`` is not installed (it comes
+            with ``arealtrio[asyncio]``).
     """
 
     def __init__(self, workflow: Any) -> None:
+        if inspect.isclass(workflow):
+            raise ConfigError(
+                f"AsyncioWorkflow needs a workflow, not its class: {workflow.__qualname__}(…)"
+            )
         if not inspect.iscoroutinefunction(getattr(workflow, "arun_episode", None)):
             raise ConfigError(
                 "AsyncioWorkflow needs a workflow with a coroutine method arun_episode(engine, "
@@ -126,8 +130,10 @@ async def _in_asyncio(loop: Any, run: Callable[..., Awaitable[Any]], *args: obje
     """
     try:
         return await loop.run_aio_coroutine(run(*args))
-    except _Ending as ending:
-        raise ending.error from None
+    except (_Ending, BaseExceptionGroup) as exc:
+        if (ending := _ending_in(exc)) is not None:
+            raise ending.error from None
+        raise
     except asyncio.CancelledError as exc:
         raise WorkflowError(
             "the workflow's asyncio task was cancelled, and not by its rollout: the workflow "
@@ -161,7 +167,15 @@ def explain_asyncio(error: Exception, workflow: object) -> Exception:
 def _misses_asyncio(error: Exception) -> bool:
     if not isinstance(error, RuntimeError | TypeError | AttributeError):
         return False
-    return any(sign in str(error) for sign in SIGNS) or _raised_in_asyncio(error)
+    words = _words_of(error)
+    return any(sign in words for sign in SIGNS) or _raised_in_asyncio(error)
+
+
+def _words_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - user code as well, and an error that can not be told is one
+        return ""
 
 
 def _raised_in_asyncio(error: Exception) -> bool:
@@ -202,16 +216,53 @@ class _Ending(Exception):
         self.error = error
 
 
+def _ending_in(error: BaseException) -> _Ending | None:
+    """The first in an error, or in the groups that ``asyncio.TaskGroup`` makes of its tasks'."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_ending_in, error.exceptions)), None)
+    return error if isinstance(error, _Ending) else None
+
+
 def _guarded_task(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
     """Make a task that can not end the loop: all workflows of a run share it, and would hang."""
-    return asyncio.Task(_guard(coroutine), loop=loop, **options)
+    guarded = _Guarded(coroutine) if asyncio.iscoroutine(coroutine) else coroutine
+    return asyncio.Task(guarded, loop=loop, **options)
 
 
-async def _guard(coroutine: Awaitable[Any]) -> Any:
-    try:
-        return await coroutine
-    except _ENDS_A_LOOP as exc:
-        raise _Ending(exc) from exc
+class _Guarded(Coroutine[Any, Any, Any]):
+    """A coroutine whose errors end no loop.
+
+    What is thrown into it goes into the other at once: a coroutine around that, cancelled before it
+    began, would leave it without ever awaiting it, and Python would complain.
+
+    Args:
+        coroutine: The other.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+
+    def send(self, value: Any, /) -> Any:
+        """Go on with it."""
+        try:
+            return self._coroutine.send(value)
+        except _ENDS_A_LOOP as exc:
+            raise _Ending(exc) from exc
+
+    def throw(self, *error: Any) -> Any:
+        """Let it raise where it waits."""
+        try:
+            return self._coroutine.throw(*error)
+        except _ENDS_A_LOOP as exc:
+            raise _Ending(exc) from exc
+
+    def close(self) -> None:
+        """End it."""
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """Run it for whoever awaits it, which a task does not."""
+        return self._coroutine.__await__()
 
 
 def _log(_: Any, context: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from math import inf
 
 import trio
 
-from .asyncio_workflow import explain_asyncio
+from .asyncio_workflow import AsyncioWorkflow, explain_asyncio
 from .errors import WorkflowError
 
 interruptible = trio.lowlevel.disable_ki_protection
@@ -46,7 +47,7 @@ def contained(error: BaseException, code: object) -> Exception:
         code: What raised it: a workflow, or a filter.
     """
     if isinstance(error, Exception):
-        return explain_asyncio(error, code) if hasattr(code, "arun_episode") else error
+        return explain_asyncio(error, code) if _is_workflow(code) else error
     inner = _innermost(error)
     explained = WorkflowError(
         f"{_name_of(code)} raised {_name_of(inner)}, which is no Exception: it costs this rollout "
@@ -56,9 +57,17 @@ def contained(error: BaseException, code: object) -> Exception:
     return explained
 
 
+def _is_workflow(code: object) -> bool:
+    try:
+        return hasattr(code, "arun_episode")
+    except Exception:  # noqa: BLE001 - a filter's own ``__getattr__`` may raise anything
+        return False
+
+
 def _name_of(code: object) -> str:
-    kind = type(getattr(code, "workflow", code))  # an AsyncioWorkflow's own is meant
-    name = getattr(code, "__qualname__", kind.__qualname__)
+    kind = type(code.workflow if isinstance(code, AsyncioWorkflow) else code)
+    named = inspect.isroutine(code) or inspect.isclass(code)
+    name = code.__qualname__ if named else kind.__qualname__  # type: ignore[attr-defined]
     return f"asyncio.{name}" if kind.__module__.startswith("asyncio.") else name
 
 

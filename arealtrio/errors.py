@@ -32,11 +32,23 @@ No message carries a payload: a prompt can be a megabyte, and can be secret.
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 
 class ArealTrioError(Exception):
-    """Root of the tree; catching it catches everything this library raises on purpose."""
+    """Root of the tree; catching it catches everything this library raises on purpose.
+
+    It can be copied and pickled, since a batch holds errors: a trainer of several processes sends
+    it to all of them.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without ``__init__``, which takes other arguments than the message in many of them."""
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[ArealTrioError], args: tuple[Any, ...]) -> ArealTrioError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(ArealTrioError, ValueError):

@@ -75,11 +75,22 @@ class LoaderFeed:
             self._ended = True
             return
         if isinstance(item, Mapping):
-            self._ahead.append(item)
+            self._ahead.append(_whole(item))
         elif isinstance(item, Sequence) and all(isinstance(prompt, Mapping) for prompt in item):
-            self._ahead.extend(item)
+            self._ahead.extend(map(_whole, item))
         else:
             raise UsageError(
                 "a data loader yields prompts (mappings) or lists of them, "
                 f"not {type(item).__name__}"
             )
+
+
+def _whole(prompt: Prompt) -> Prompt:
+    """A prompt whose own code has run: what it raises comes now, and costs no other one.
+
+    A mapping may decode an image only when it is looked at; an id may be anything with a text.
+    """
+    if not isinstance(prompt, dict):
+        prompt = dict(prompt)
+    str(prompt.get("prompt_id"))
+    return prompt

@@ -26,6 +26,7 @@ import trio_parallel
 
 from . import reward_worker
 from .bridge import in_trio
+from .checks import finite, integer
 from .errors import (
     ConfigError,
     RewardCrashed,
@@ -109,14 +110,12 @@ class RewardPool:
         initializer: Callable[[], object] | None = None,
         start_timeout_s: float = 120.0,
     ) -> None:
-        self.max_workers = _half_the_cores() if max_workers is None else max_workers
-        if self.max_workers < 1:
-            raise ConfigError(f"max_workers must be at least 1, not {max_workers}")
+        self.max_workers = _workers(max_workers)
         self.timeout_s = _positive("timeout_s", timeout_s)
         self.start_timeout_s = _positive("start_timeout_s", start_timeout_s)
         self.warm = warm
         self._initializer = initializer
-        self._functions: dict[Callable[..., object], None] = {}  # ordered, unlike a set
+        self._functions: dict[bytes, Callable[..., object]] = {}  # by its pickle: some have no hash
         self._preparation()
         self._workers = OncePerRun("reward pool", self._open)
 
@@ -139,8 +138,7 @@ class RewardPool:
         Raises:
             ConfigError: If it can not be pickled.
         """
-        _check_function(function)
-        self._functions[function] = None
+        self._functions[_pickled(function)] = function
 
     def start(self) -> None:
         """Begin to start the processes, and return at once; harmless if they are there."""
@@ -194,7 +192,7 @@ class RewardPool:
 
     def _preparation(self) -> bytes:
         try:
-            return pickle.dumps((list(self._functions), self._initializer))
+            return pickle.dumps((list(self._functions.values()), self._initializer))
         except Exception as exc:
             raise ConfigError(
                 f"the initializer can not be pickled ({exc}): give a function of a module"
@@ -433,7 +431,7 @@ class AsyncRewardWrapper(ProcessReward):
             raise ConfigError(
                 "max_retries must be 0: a reward that fails or hangs once does so again"
             )
-        count = _half_the_cores() if max_workers is None else max_workers
+        count = _workers(max_workers)
         pool = _areal_pools.get(count) or RewardPool(count)
         super().__init__(reward_fn, pool, timeout_s=timeout_seconds)
         _areal_pools[count] = pool
@@ -445,18 +443,22 @@ def name_of(function: Callable[..., object]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _check_function(function: Callable[..., object]) -> None:
+def _pickled(function: Callable[..., object]) -> bytes:
     if not callable(function):
         raise ConfigError(f"a reward function must be callable, not a {type(function).__name__}")
     if inspect.iscoroutinefunction(function):
         raise ConfigError(f"{name_of(function)} is async: give it to the workflow as it is")
     try:
-        pickle.dumps(function)
+        return pickle.dumps(function)
     except Exception as exc:
         raise ConfigError(
             f"{name_of(function)} can not be pickled ({exc}): give a function of a module, not a "
             "lambda or one inside another"
         ) from exc
+
+
+def _workers(count: int | None) -> int:
+    return _half_the_cores() if count is None else integer("max_workers", count, 1)
 
 
 def _half_the_cores() -> int:
@@ -465,6 +467,7 @@ def _half_the_cores() -> int:
 
 
 def _positive(name: str, seconds: float) -> float:
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"{name} must be finite and above 0, not {seconds!r}")
-    return seconds
+    value = finite(name, seconds)
+    if value <= 0:
+        raise ConfigError(f"{name} must be finite and above 0, not {value!r}")
+    return value

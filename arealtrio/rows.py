@@ -8,6 +8,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from .checks import shown
 from .errors import InvalidRequest, WorkflowError
 from .types import (
+    FLOAT32_MAX,
     INT32_MAX,
     PROMPT_VERSION,
     Float32Array,
@@ -46,7 +48,8 @@ def as_reward(value: object) -> float:
     """Return a reward as a float; a wrong one is the workflow's error, never a silent 0.
 
     Args:
-        value: A finite real number, a bool, or an array or tensor of no dimension holding one.
+        value: A real number that is finite as a float32, a bool, or an array or tensor of no
+            dimension holding one.
 
     Raises:
         WorkflowError: For anything else, infinities and NaN included.
@@ -55,9 +58,12 @@ def as_reward(value: object) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real):
         raise WorkflowError(f"a reward must be a number, not a {type(value).__name__}")
-    reward = float(value)
-    if not np.isfinite(reward):
-        raise WorkflowError(f"a reward must be finite, not {reward}")
+    try:
+        reward = float(value)
+    except OverflowError:  # an int or a fraction beyond even that
+        reward = inf
+    if not abs(reward) <= FLOAT32_MAX:
+        raise WorkflowError(f"a reward must be finite as a float32, not {reward:g}")
     return reward
 
 
@@ -116,12 +122,12 @@ class RowBuilder:
         """Append tokens that no model made: masked 0, logprob 0, version -1.
 
         Args:
-            token_ids: int32[P]; a prompt, a user's turn, a tool's answer.
+            token_ids: int32[P]; a prompt, a user's turn, a tool's answer. Copied.
 
         Raises:
             InvalidRequest: If they are no token ids.
         """
-        self._append(as_token_ids(token_ids, "prompt tokens"))
+        self._append(as_token_ids(token_ids, "prompt tokens").copy())
         return self
 
     def append_response(self, response: ModelResponse) -> Self:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import collate
-from .errors import ConfigError, UsageError, WorkflowError
+from .checks import integer, one_of
+from .errors import UsageError, WorkflowError
 from .rows import RowBuilder, check_extra_names, rows_from_result, trajectory_from_response
 from .to_torch import to_torch
 from .types import (
@@ -161,9 +162,8 @@ class CollateBuffers:
     """
 
     def __init__(self, size: int = 2) -> None:
-        if size < 1:
-            raise ConfigError(f"a ring of buffers needs a size of at least 1, not {size}")
-        self._places: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(size)]
+        places = range(integer("a ring of buffers' size", size, 1))
+        self._places: list[dict[str, npt.NDArray[Any]]] = [{} for _ in places]
         self._next = 0
 
     @property
@@ -329,9 +329,10 @@ class Batch:
             buffers: As in ``padded``.
 
         Raises:
-            UsageError: If torch is not installed.
+            UsageError: If torch is not installed, or the layout is neither.
             WorkflowError: If the rows' extras differ in names, dtypes or widths.
         """
+        one_of("layout", layout, ("padded", "packed"), error=UsageError)
         if layout == "packed":
             return to_torch(self.packed(buffers=buffers))
         return to_torch(self.padded(pad_id, buffers=buffers))
@@ -348,7 +349,11 @@ class Batch:
         Args:
             of: ``tokens`` counts each generated token by its own version; ``trajectories`` counts
                 each row by ``staleness()``.
+
+        Raises:
+            UsageError: For another word.
         """
+        one_of("of", of, ("tokens", "trajectories"), error=UsageError)
         ages, counts = np.unique(
             self._token_ages() if of == "tokens" else self.staleness(), return_counts=True
         )
@@ -365,7 +370,7 @@ class Batch:
         if not self.rows:
             return np.empty(0, dtype=np.int32)
         versions = np.concatenate([row.versions for row in self.rows])
-        return np.asarray(self.version - versions[versions != PROMPT_VERSION], dtype=np.int32)
+        return np.asarray(self.version - versions[versions >= 0], dtype=np.int32)
 
     def _per_row(self) -> dict[str, npt.NDArray[Any]]:
         """Small, so always fresh."""

@@ -27,6 +27,7 @@ StopReason: TypeAlias = Literal["stop", "length", "abort", "tool_calls"]
 PauseMode: TypeAlias = Literal["keep", "abort", "wait", "retract", "in_place"]
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 PROMPT_VERSION = -1  # AReaL's mark for a token that no model made
 
 
@@ -294,7 +295,7 @@ class Trajectory:
         loss_mask: int32[T], 1 on tokens to learn from (the model's own), else 0.
         logprobs: float32[T], 0 where no model made the token.
         versions: int32[T], -1 where no model made the token.
-        reward: Of the whole row.
+        reward: Of the whole row; finite as a float32.
         versions_exact: Whether every version is known rather than believed.
         prompt_id: Of the prompt in its data loader; filled in by the executor.
         member_index: Of this row's rollout in its group; filled in by the executor.
@@ -339,6 +340,8 @@ class Trajectory:
                     "vector, or a matrix with a row for each"
                 )
         reward = finite("a trajectory's reward", self.reward, error=WorkflowError)
+        if abs(reward) > FLOAT32_MAX:
+            raise WorkflowError("a trajectory's reward must be finite as a float32")
         object.__setattr__(self, "reward", reward)
         flag("a trajectory's versions_exact", self.versions_exact, error=WorkflowError)
         text("a trajectory's prompt_id", self.prompt_id, error=WorkflowError)

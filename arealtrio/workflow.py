@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from .checks import finite, integer, shown
 from .errors import ConfigError, WorkflowError
 from .rows import RowBuilder, WorkflowResult, as_reward, trajectory_from_response
 from .types import (
@@ -58,6 +59,10 @@ class RolloutWorkflow(Protocol):
     is run in its rollout's cancel scope: at every ``await`` it may be cancelled, by its deadline
     among others, and must let ``trio.Cancelled`` pass. An exception it raises is recorded with the
     rollout; so are ``SystemExit`` and the like, and ``KeyboardInterrupt`` alone ends the run.
+
+    What it can not do is end inside a nursery that it opened: trio calls that corruption, and the
+    run ends. To leave the loop over an asynchronous generator with a nursery in it is to do so;
+    ``trio.as_safe_channel`` makes one that may be left.
     """
 
     @abstractmethod
@@ -117,6 +122,8 @@ class _RewardedWorkflow:
     ) -> None:
         if not callable(reward_fn):
             raise ConfigError("reward_fn must be callable")
+        if not isinstance(gconfig, GenerationHyperparameters):
+            raise ConfigError(f"gconfig must be GenerationHyperparameters, not {shown(gconfig)}")
         if gconfig.n_samples != 1:
             raise ConfigError("gconfig.n_samples must be 1; ask for several with group_size")
         self.reward_fn = reward_fn
@@ -157,8 +164,8 @@ class _RewardedWorkflow:
         result = self.reward_fn(
             self._decode(response.input_tokens),
             self._decode(response.output_tokens),
-            response.input_tokens,
-            response.output_tokens,
+            response.input_tokens.copy(),  # it may sort them, say, and these are yet to be a row
+            response.output_tokens.copy(),
             **{key: value for key, value in data.items() if key not in REWARD_ARGUMENTS},
         )
         if inspect.isawaitable(result):
@@ -270,12 +277,10 @@ class MultiTurnWorkflow(_RewardedWorkflow):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(reward_fn, gconfig, tokenizer, prompt_key, template_kwargs)
-        if max_turns < 1:
-            raise ConfigError(f"max_turns must be at least 1, not {max_turns}")
+        self._max_turns = integer("max_turns", max_turns, 1)
+        self._turn_discount = finite("turn_discount", turn_discount)
         if not 0 < turn_discount <= 1:
             raise ConfigError(f"turn_discount must be in (0, 1], not {turn_discount}")
-        self._max_turns = max_turns
-        self._turn_discount = turn_discount
         self._eos = (
             getattr(tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
         )

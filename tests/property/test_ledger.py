@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from arealtrio.errors import UsageError
 from arealtrio.ledger import decode_group, decode_prompt, encode_group, encode_prompt, mark_of
 from arealtrio.trajectory import Group
-from arealtrio.types import Trajectory
+from arealtrio.types import FLOAT32_MAX, Trajectory
 
 SCALARS = (
     st.none()
@@ -99,7 +99,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         loss_mask=column(draw(small), np.int32),
         logprobs=column(FLOATS, np.float32),
         versions=column(draw(small), np.int32),
-        reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        reward=draw(st.floats(-FLOAT32_MAX, FLOAT32_MAX)),
         versions_exact=draw(st.booleans()),
         extras=extras,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,16 @@ def was_initialized() -> float:
 
 def length(prompt: Any, completions: Any, prompt_ids: Any, completion_ids: Any, **_: Any) -> float:
     return float(len(completion_ids))
+
+
+@dataclass
+class Scaled:
+    """A callable as a dataclass makes one: equal by value, and without a hash."""
+
+    factor: float
+
+    def __call__(self, value: float) -> float:
+        return self.factor * value
 
 
 def give(value: Any) -> Any:
@@ -71,6 +84,51 @@ def leave(status: int) -> float:
 
 def leave_politely() -> float:
     raise SystemExit(3)
+
+
+def fork(status: int) -> float:
+    """Let a forked child leave as scripts do, or return; its status is the reward."""
+    child = os.fork()
+    if child == 0 and status:
+        raise SystemExit(status)
+    if child == 0:
+        return 99.0
+    return float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def start_and(end: str, path: str, *, forked: bool) -> float:
+    """Start a process that stays, write its id, and hang, crash or return."""
+    if not forked:
+        child = subprocess.Popen(["sleep", "60"], close_fds=False).pid
+    elif (child := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    Path(path).write_text(str(child))
+    if end == "crash":
+        os._exit(7)
+    return hang() if end == "hang" else 1.0
+
+
+def grade_in_a_process(value: float) -> float:
+    """Grade as those that run code do, each program in a process of its own."""
+    answers: Any = multiprocessing.Queue()
+    child = multiprocessing.Process(target=answers.put, args=(value,))
+    child.start()
+    answer = answers.get(timeout=30)
+    child.join()
+    return float(answer)
+
+
+def leave_an_alarm(*, then: str = "") -> float:
+    """Guard itself as many graders do, and forget to."""
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    if then:
+        raise ValueError(then)
+    return 1.0
+
+
+def raise_at_length(size: int) -> float:
+    raise ValueError("x" * size + "the end")
 
 
 def raise_unpicklable() -> float:

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from arealtrio.arguments import RolloutArguments, positive, resolve_accept, resolve_workflow
+from arealtrio.arguments import (
+    ArgumentResolver,
+    RolloutArguments,
+    positive,
+    resolve_accept,
+    resolve_workflow,
+)
 from arealtrio.config import GROUP_SIZE_MAX
 from arealtrio.errors import UsageError
+from arealtrio.group_policy import GroupPolicy
 from arealtrio.trajectory import Group
 
 from .puppet import Instant, row
@@ -80,6 +87,17 @@ def test_a_group_has_a_largest_size(size: int) -> None:
         RolloutArguments.of(Instant(), None, None, size)
     largest = RolloutArguments.of(Instant(), None, None, GROUP_SIZE_MAX)
     assert largest.group("t", {}, lambda *_: None).size == GROUP_SIZE_MAX
+
+
+@pytest.mark.parametrize("policy", ["replace", "", 0, GroupPolicy, GroupPolicy.replace])
+def test_a_policy_that_is_none_is_refused_before_anything_runs(policy: Any) -> None:
+    """It would be asked first when a member fails, and end the run."""
+    resolve = ArgumentResolver()
+    workflow = Instant()
+    assert resolve(workflow, None, None, 2, None).policy == GroupPolicy.all()
+    for refuse in (resolve, RolloutArguments.of):
+        with pytest.raises(UsageError, match=r"must be a GroupPolicy, such as GroupPolicy\.rep"):
+            refuse(workflow, None, None, 2, policy)
 
 
 def test_arguments_are_resolved_once() -> None:

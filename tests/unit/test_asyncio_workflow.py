@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -305,6 +306,51 @@ async def test_what_would_end_the_loop_ends_its_rollout_alone(
         assert await run(answers) == 1
 
 
+async def test_a_task_that_is_cancelled_before_it_began_leaves_no_complaint(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    async def episode(engine: AsyncioEngine, data: Mapping[str, Any]) -> int:
+        task = asyncio.create_task(asyncio.sleep(3600), name="cancelled")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.get_name() == "cancelled"
+        with pytest.raises(TypeError, match="coroutine was expected"):
+            asyncio.get_running_loop().create_task(3)  # type: ignore[arg-type]
+        return 1
+
+    assert await run(episode) == 1
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+async def test_what_would_end_the_loop_arrives_as_itself_out_of_a_task_group(
+    error: BaseException,
+) -> None:
+    """Else ``KeyboardInterrupt``, which ends the run, would be one rollout's failure."""
+
+    async def fail() -> None:
+        raise error
+
+    async def fails(engine: AsyncioEngine, data: Mapping[str, Any]) -> None:
+        async with asyncio.TaskGroup() as outer, asyncio.TaskGroup() as inner:
+            outer.create_task(asyncio.sleep(3600))
+            inner.create_task(fail())
+
+    async def fails_otherwise(engine: AsyncioEngine, data: Mapping[str, Any]) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(0)).add_done_callback(lambda _: None)
+            raise ValueError
+
+    with pytest.raises(type(error)) as caught:
+        await run(fails)
+    assert caught.value is error
+    with pytest.raises(ExceptionGroup) as others:
+        await run(fails_otherwise)
+    assert others.group_contains(ValueError)
+
+
 async def test_an_exception_that_nobody_awaits_is_logged_and_ends_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -445,6 +491,8 @@ async def test_in_the_executor_it_is_a_rollout_like_any_other(
 def test_wrong_constructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="object has none"):
         AsyncioWorkflow(object())
+    with pytest.raises(ConfigError, match=r"not its class: Episode\("):
+        AsyncioWorkflow(Episode)
     monkeypatch.setitem(sys.modules, "trio_asyncio", None)
     with pytest.raises(ConfigError, match=r"arealtrio\[asyncio\]"):
         AsyncioWorkflow(Episode(lambda *_: sleep()))

@@ -126,6 +126,57 @@ async def test_it_fails_its_rollout_and_no_other(
     check_closed(executor, fleet)
 
 
+class Untold(RuntimeError):
+    """Its own text can not be made, as of an error that formats an attribute it has not set."""
+
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+
+class Proxy:
+    """User code over a dict, whose lookup of a name it has not raises no AttributeError."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+    async def arun_episode(self, engine: Any, data: Prompt, /) -> Any:
+        raise self._error
+
+
+class ProxyFilter(Proxy):
+    def __call__(self, group: Any) -> bool:
+        raise self._error
+
+    @property
+    def arun_episode(self) -> Any:
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        in_a_workflow(Untold()),
+        in_a_filter(Untold()),
+        {"workflow": Proxy(SystemExit())},
+        {"workflow": Instant(), "should_accept_fn": ProxyFilter(ValueError())},
+        {"workflow": Instant(), "should_accept_fn": ProxyFilter(SystemExit())},
+    ],
+)
+async def test_what_breaks_as_the_error_is_looked_at_ends_nothing_else(
+    arguments: Mapping[str, Any], autojump_clock: Clock
+) -> None:
+    async with simulated_executor(servers=1, consumer_batch_size=4) as (executor, fleet):
+        executor.submit({}, task_id="bad", **arguments)
+        executor.submit({}, Instant(), task_id="other")
+        bad, other = [await executor.wait_for_task(task_id) for task_id in ("bad", "other")]
+        assert (bad.outcome, other.outcome) == (Outcome.FAILED, Outcome.ACCEPTED)
+        check_counts(executor)
+    check_closed(executor, fleet)
+
+
 def test_the_message_names_who_raised_what() -> None:
     assert "Instant raised asyncio.CancelledError" in str(
         contained(asyncio.CancelledError(), Instant())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -42,6 +42,32 @@ def test_it_is_not_exhausted_while_what_was_read_is_there() -> None:
     assert feed.pop(1) == numbered(0)
     assert feed.pop(9) == numbered(1)
     assert feed.exhausted
+
+
+class Lazy(Mapping[str, Any]):
+    """A prompt that reads its file when it is looked at."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise OSError("no such image")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["image"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Nameless:
+    def __str__(self) -> str:
+        raise OSError("no name")
+
+
+@pytest.mark.parametrize("broken", [Lazy(), {"prompt_id": Nameless()}])
+def test_a_prompt_that_can_not_be_looked_at_costs_no_other(broken: Any) -> None:
+    feed = LoaderFeed([*numbered(0, 1), broken, *numbered(2)])
+    with pytest.raises(OSError, match="no "):
+        feed.take(4)
+    assert feed.take(4) == numbered(0, 1, 2)
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])

@@ -27,6 +27,7 @@ from arealtrio.errors import (
     RolloutClosed,
 )
 from arealtrio.reward import AsyncRewardWrapper, ProcessReward, RewardOutcome, RewardPool
+from arealtrio.reward_worker import TRACEBACK_SIZE
 from arealtrio.settlement import classify
 from arealtrio.types import FailureKind, GenerationHyperparameters, ModelRequest, ModelResponse
 from arealtrio.workflow import SingleTurnWorkflow
@@ -104,6 +105,12 @@ async def test_what_is_no_reward_is_an_error_and_no_zero() -> None:
             assert "rewards.give: a reward must be" in str(outcome.error)
 
 
+async def test_a_callable_without_a_hash_is_a_reward_too() -> None:
+    async with small_pool() as pool:
+        for factor in (2.0, 3.0, 2.0):
+            assert await ProcessReward(rewards.Scaled(factor), pool)(0.5) == factor / 2
+
+
 async def test_any_keyword_reaches_the_function() -> None:
     """A prompt's data may have keys of any name; none is taken for an argument of ours."""
     names = ("self", "function", "timeout_s", "args", "kwargs", "job", "name", "pool")
@@ -137,6 +144,41 @@ async def test_a_crash_takes_only_its_own_process() -> None:
         assert await pool.run(rewards.give, 1) == 1.0
 
 
+async def test_a_child_that_a_reward_forks_answers_nobody() -> None:
+    """Its answer came first, and its parent's was taken for that of the next call."""
+    async with small_pool() as pool:
+        for status in (3, 0):
+            assert await pool.run(rewards.fork, status) == float(status)
+            assert await pool.run(rewards.give, 0.5) == 0.5
+
+
+async def test_a_reward_may_use_multiprocessing() -> None:
+    async with small_pool() as pool:
+        assert await pool.run(rewards.grade_in_a_process, 0.5) == 0.5
+
+
+@pytest.mark.parametrize("forked", [True, False])
+async def test_nobody_waits_for_a_process_that_a_reward_started(
+    tmp_path: Path, forked: bool
+) -> None:
+    """It outlives the reward's own, and what that shares with the pool must end with that."""
+    async with small_pool(timeout_s=2.0) as pool:
+        for end, error in (("return", None), ("hang", RewardTimedOut), ("crash", RewardCrashed)):
+            path = tmp_path / end
+            with trio.fail_after(20):
+                outcome = await pool.outcome(rewards.start_and, end, str(path), forked=forked)
+            os.kill(await written(path), signal.SIGKILL)
+            assert (outcome.error and type(outcome.error)) is error
+
+
+async def test_an_alarm_that_a_reward_leaves_behind_does_not_ring_in_the_next() -> None:
+    async with small_pool() as pool:
+        for then in ("", "no answer"):
+            outcome = await pool.outcome(rewards.leave_an_alarm, then=then)
+            assert (outcome.error is None) is (not then)
+            assert await pool.run(rewards.nap, 0.4) == 1.0
+
+
 async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     async with small_pool() as pool:
@@ -154,6 +196,17 @@ async def test_an_exception_is_told_with_its_traceback_and_not_tried_again(tmp_p
             with pytest.raises(RewardRaised, match=kind):
                 await pool.run(function)
         assert await pool.run(rewards.pid) == same, "an exception costs no process"
+
+
+async def test_of_a_traceback_of_any_length_its_head_and_its_end_are_told() -> None:
+    async with small_pool() as pool:
+        with pytest.raises(RewardRaised) as caught:
+            await pool.run(rewards.raise_at_length, 10**7)
+    told = caught.value.remote_traceback
+    assert len(told) < TRACEBACK_SIZE + 100
+    assert told.startswith("Traceback")
+    assert "characters left out" in told
+    assert told.endswith("the end\n")
 
 
 async def test_cancellation_kills_the_process(tmp_path: Path) -> None:
@@ -314,10 +367,12 @@ def test_a_killed_trainer_leaves_no_hanging_reward(tmp_path: Path) -> None:
 
 def test_wrong_constructions_are_refused() -> None:
     pool = RewardPool(1)
-    for wrong in (0, -1):
-        with pytest.raises(ConfigError, match="max_workers"):
-            RewardPool(wrong)
-    for seconds in (0.0, float("inf"), float("nan")):
+    for wrong in (0, -1, 2.5, "4", True):
+        for make in (RewardPool, partial(AsyncRewardWrapper, rewards.pid, 15.0)):
+            with pytest.raises(ConfigError, match="max_workers must be an integer of at least 1"):
+                make(wrong)  # type: ignore[arg-type]
+    wrong_seconds: tuple[Any, ...] = (0.0, float("inf"), float("nan"), "15", True)
+    for seconds in wrong_seconds:
         with pytest.raises(ConfigError, match="timeout_s"):
             RewardPool(1, timeout_s=seconds)
         with pytest.raises(ConfigError, match="start_timeout_s"):
@@ -334,6 +389,8 @@ def test_wrong_constructions_are_refused() -> None:
         ProcessReward(pool.run, pool)
     with pytest.raises(ConfigError, match="max_retries must be 0"):
         AsyncRewardWrapper(rewards.pid, max_retries=3)
+    with pytest.raises(ConfigError, match="timeout_s must be a finite number, not None"):
+        RewardPool(1, timeout_s=None)  # type: ignore[arg-type]
     assert RewardPool().max_workers >= 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_turns_add_up() -> None:
     assert (built.head_version, built.tail_version, built.versions_exact) == (4, 6, False)
 
 
+def test_a_row_in_the_making_is_its_own_memory() -> None:
+    """A tool may answer in one array, turn after turn."""
+    answer = ids(1, 2)
+    row = RowBuilder().append_prompt(answer)
+    row.append_response(response(row.input_ids, ids(3)))
+    answer[:] = 9
+    row.append_prompt(answer)
+    answer[:] = 0
+    assert row.build(0.0).input_ids.tolist() == [1, 2, 3, 9, 9]
+
+
 def test_a_builder_can_branch_by_building_early() -> None:
     row = RowBuilder().append_response(response(ids(1), ids(2)))
     first = row.build(0.0)
@@ -163,6 +175,18 @@ def test_a_reward_is_a_number(value: object, reward: float) -> None:
 def test_a_reward_that_is_none_is_never_zero(value: object) -> None:
     with pytest.raises(WorkflowError, match="a reward must be"):
         as_reward(value)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, 10**39, np.float64(1e300)])
+def test_a_reward_that_is_infinite_in_a_batch_is_refused(value: Any) -> None:
+    with pytest.raises(WorkflowError, match="a reward must be finite as a float32"):
+        as_reward(value)
+    with pytest.raises(WorkflowError, match="reward must be finite as a float32"):
+        replace(trajectory_from_response(response(ids(1), ids(2)), 0.0), reward=value)
+    with pytest.raises(WorkflowError, match="not inf"):
+        as_reward(10**400)
+    largest = float(np.finfo(np.float32).max)
+    assert as_reward(largest) == largest
 
 
 def test_columns_are_int32_or_float32() -> None:

@@ -243,8 +243,10 @@ def test_an_extra_may_change_its_dtype_between_batches() -> None:
 
 def test_a_ring_has_a_place() -> None:
     assert CollateBuffers().size == 2
-    with pytest.raises(ConfigError, match="at least 1, not 0"):
-        CollateBuffers(0)
+    wrong_sizes: tuple[Any, ...] = (0, 2.5, "2")
+    for size in wrong_sizes:
+        with pytest.raises(ConfigError, match=f"at least 1, not {size!r}"):
+            CollateBuffers(size)
 
 
 def test_staleness_is_that_of_the_oldest_token() -> None:
@@ -257,6 +259,20 @@ def test_the_histogram_counts_generated_tokens_or_trajectories() -> None:
     made = batch(group([row([-1, 3, 9])], [row([-1, 9, 9])], [row([-1])]), version=9)
     assert made.staleness_histogram() == {0: 3, 6: 1}
     assert made.staleness_histogram(of="trajectories") == {0: 2, 6: 1}
+
+
+def test_no_count_of_versions_takes_a_negative_one_for_a_token_s() -> None:
+    """A workflow may mark what no model made by another number than -1."""
+    made = batch(group([row([-2, -100, 9])]), version=9)
+    assert made.staleness_histogram() == made.staleness_histogram(of="trajectories") == {0: 1}
+
+
+def test_a_word_for_neither_choice_is_refused() -> None:
+    made = batch(group([row([-1, 3])]))
+    with pytest.raises(UsageError, match="of must be one of tokens, trajectories, not 'token'"):
+        made.staleness_histogram("token")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="layout must be one of padded, packed, not 'flat'"):
+        made.to_torch(layout="flat")  # type: ignore[arg-type]
 
 
 def test_mixed_versions_are_counted_by_trajectory() -> None:

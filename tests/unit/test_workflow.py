@@ -140,6 +140,23 @@ async def test_the_reward_gets_areals_arguments() -> None:
     assert rest == {"input_ids": [1], "answer": "42"}
 
 
+@pytest.mark.parametrize("multi", [False, True])
+async def test_what_a_reward_does_to_its_tokens_is_done_to_no_row(
+    bpe: Tokenizer, multi: bool
+) -> None:
+    def spoils(prompt: Any, answer: Any, prompt_ids: Any, ids: Any, **_: Any) -> float:
+        prompt_ids[:] = 0
+        ids[:] = 0
+        return 1.0
+
+    prompt = np.array([7, 8, 9], np.int32)
+    workflow = multi_turn(spoils, bpe) if multi else SingleTurnWorkflow(spoils, GCONFIG)
+    row = await run(workflow, ScriptedEngine([5, 6]), {"input_ids": prompt})
+    assert row is not None
+    assert row.input_ids.tolist() == [7, 8, 9, 5, 6]
+    assert prompt.tolist() == [7, 8, 9]
+
+
 async def test_a_reward_function_may_be_async() -> None:
     async def reward(*_args: Any, **_data: Any) -> float:
         await trio.lowlevel.checkpoint()
@@ -248,9 +265,14 @@ def test_wrong_constructions_are_refused(bpe: Tokenizer) -> None:
         SingleTurnWorkflow("areal.reward.gsm8k", GCONFIG)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="n_samples"):
         SingleTurnWorkflow(always(1), GCONFIG.new(n_samples=4))
-    with pytest.raises(ConfigError, match="max_turns"):
-        MultiTurnWorkflow(always(1), GCONFIG, bpe, 0, 1.0)
-    for discount in (0.0, 1.5, float("nan")):
+    with pytest.raises(ConfigError, match="gconfig must be GenerationHyperparameters"):
+        SingleTurnWorkflow(always(1), {"max_new_tokens": 8})  # type: ignore[arg-type]
+    wrong_turns: tuple[Any, ...] = (0, 2.5, "3", True, None)
+    for turns in wrong_turns:
+        with pytest.raises(ConfigError, match="max_turns must be an integer of at least 1"):
+            MultiTurnWorkflow(always(1), GCONFIG, bpe, turns, 1.0)
+    wrong_discounts: tuple[Any, ...] = (0.0, 1.5, float("nan"), "1", None)
+    for discount in wrong_discounts:
         with pytest.raises(ConfigError, match="turn_discount"):
             MultiTurnWorkflow(always(1), GCONFIG, bpe, 2, discount)
 
