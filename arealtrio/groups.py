@@ -93,7 +93,8 @@ class GroupTask:
     member_failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        self.prompt_id = str(self.data.get("prompt_id", self.task_id))
+        named = self.data.get("prompt_id")
+        self.prompt_id = self.task_id if named is None else str(named)
         self.to_start = ONE_MEMBER if self.size == 1 else tuple(range(self.size))
         self.rows = ((),) * self.size
 

@@ -62,7 +62,7 @@ class RolloutWorkflow(Protocol):
 
     What it can not do is end inside a nursery that it opened: trio calls that corruption, and the
     run ends. To leave the loop over an asynchronous generator with a nursery in it is to do so;
-    ``trio.as_safe_channel`` makes one that may be left.
+    ``trio.as_safe_channel`` (of trio 0.30) makes one that may be left.
     """
 
     @abstractmethod
@@ -219,7 +219,8 @@ class SingleTurnWorkflow(_RewardedWorkflow):
             WorkflowError: If the data holds no prompt, or the reward is no finite number.
         """
         self._warm_up()
-        session = None if "prompt_id" not in data else str(data["prompt_id"])
+        named = data.get("prompt_id")
+        session = None if named is None else str(named)
         request = ModelRequest(self._prompt_ids(data), self._gconfig, session=session)
         response = await engine.agenerate(request)
         reward = await self._reward(response, data)

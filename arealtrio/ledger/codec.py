@@ -109,8 +109,9 @@ def decode_prompt(blob: bytes) -> dict[str, Any]:
 
 def mark_of(prompt: Mapping[str, Any], blob: bytes) -> str:
     """What to know a prompt again by: its ``prompt_id``, else the checksum of all of it."""
-    if "prompt_id" in prompt:
-        return str(prompt["prompt_id"])
+    named = prompt.get("prompt_id")
+    if named is not None:
+        return str(named)
     return f"#{_PREFIX.unpack_from(blob)[1]:08x}"
 
 

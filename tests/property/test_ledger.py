@@ -53,6 +53,12 @@ def test_a_prompt_comes_back(prompt: dict[str, Any]) -> None:
     assert mark_of(prompt, blob) == mark_of(prompt, encode_prompt(decode_prompt(blob)))
 
 
+def test_prompts_whose_id_is_missing_are_known_apart() -> None:
+    prompts = [{"prompt_id": None, "input_ids": [n]} for n in range(2)]
+    marks = [mark_of(prompt, encode_prompt(prompt)) for prompt in prompts]
+    assert len(set(marks)) == 2
+
+
 @given(st.recursive(st.builds(object) | SCALARS, st.lists), st.booleans())
 def test_what_can_not_come_back_is_refused(value: Any, nested: bool) -> None:
     """Or it is written as what it is: nothing becomes something else unnoticed."""

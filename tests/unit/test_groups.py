@@ -173,6 +173,7 @@ def test_none_rejects_and_anything_else_has_to_be_rows() -> None:
 
 def test_its_names() -> None:
     assert make().prompt_id == "t"
+    assert make(data={"prompt_id": None}).prompt_id == "t"  # a data set's missing value
     assert make(data={"prompt_id": 7}).prompt_id == "7"
     assert str(make(data={"prompt_id": 7})) == "t (prompt 7)"
     assert not make().admitted

@@ -186,10 +186,11 @@ async def test_what_a_reward_function_raises_goes_through() -> None:
 
 
 async def test_members_of_a_prompt_share_a_session_and_turns_have_their_own() -> None:
-    engine = ScriptedEngine([7], [7], [7])
-    for data in ({**PROMPT, "prompt_id": 12}, {**PROMPT, "prompt_id": 12}, PROMPT):
+    engine = ScriptedEngine([7], [7], [7], [7])
+    named, missing = {**PROMPT, "prompt_id": 12}, {**PROMPT, "prompt_id": None}
+    for data in (named, named, missing, PROMPT):
         await run(SingleTurnWorkflow(always(1), GCONFIG), engine, data)
-    assert [r.session for r in engine.requests] == ["12", "12", None]
+    assert [r.session for r in engine.requests] == ["12", "12", None, None]
 
 
 async def test_the_prompt_may_be_under_another_key() -> None:
