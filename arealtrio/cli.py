@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from .command_line import PathOption
 from .config import SCHEDULE_POLICIES
 from .demo.report import DemoReport
 from .demo.run import DemoOptions, run_demo
@@ -46,15 +47,6 @@ def main() -> None:
     """The rollout half of asynchronous reinforcement learning for language models."""
 
 
-class _Place(click.Path):
-    """A path that is not empty: ``--state "$DIR"`` without a ``DIR`` would mean this directory."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("a path is not empty", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 @main.command()
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True,
               help="Training steps.")  # fmt: skip
@@ -73,12 +65,12 @@ class _Place(click.Path):
               help="Answers to each prompt.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the model, the prompts and the trainer.")  # fmt: skip
-@click.option("--state", type=_Place(file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--state", type=PathOption(file_okay=False), metavar="DIR",
               help="Keep ledger, checkpoint and weights in DIR: the same command again goes on "
               "where it was, whatever ended it.")  # fmt: skip
-@click.option("--json", "json_path", type=_Place(dir_okay=False, path_type=Path),
+@click.option("--json", "json_path", type=PathOption(dir_okay=False),
               help="Write the numbers of the run here.")  # fmt: skip
-@click.option("--keep-weights", type=_Place(file_okay=False, path_type=Path),
+@click.option("--keep-weights", type=PathOption(file_okay=False),
               help="Leave every version's weights here.")  # fmt: skip
 @click.option("--freeze-weights", is_flag=True,
               help="Withhold the trainer's updates from the servers, to compare with.")  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import click
 import orjson
 
+from arealtrio.command_line import PathOption
 from arealtrio.trajectory import CollateBuffers
 from arealtrio.wire.sglang import SglangDialect
 from arealtrio.wire.vllm import VllmDialect
@@ -222,7 +223,7 @@ def line(row: Row) -> str:
 
 
 @click.command()
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Where to write the rows.")
+@click.option("--json", "path", type=PathOption(), help="Where to write the rows.")
 @click.option("--only", multiple=True, type=click.Choice([q.__name__ for q in QUESTIONS]),
               help="One question; may be repeated.")  # fmt: skip
 def main(path: Path | None, only: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import click
 
+from ..command_line import PathOption
 from ..errors import ConfigError
 from .model import TinyModel
 from .sampling import LogprobsMode
@@ -31,7 +32,7 @@ class Seconds(click.FloatRange):
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path),
+@click.option("--weights", type=PathOption(),
               help="Directory of the first weights. Default: a random model.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True,

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from ..command_line import PathOption
 from ..config import QUEUE_ORDERS, SCHEDULE_POLICIES, STRAGGLER_POLICIES
 from ..errors import ArealTrioError, ConfigError
 from .answers import Answers, LogNormalAnswers
@@ -87,10 +88,10 @@ _STDOUT = Path("-")
 @click.option("--sweep", multiple=True, metavar="OPTION=V1,V2,…",
               help="Compare settings: max_staleness=0,1,2,4,8,inf. A second one is crossed with "
               "the first.")  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--plot", type=PathOption(dir_okay=False),
               help="Draw the outcome here: .png, .svg or .pdf.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True,
-              path_type=Path), help="Write all numbers here; - is standard output.")  # fmt: skip
+@click.option("--json", "json_path", type=PathOption(dir_okay=False, allow_dash=True),
+              help="Write all numbers here; - is standard output.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Write no report and no progress.")
 @click.pass_context
 def command(
@@ -165,8 +166,6 @@ def _check_places(plot: Path | None, json_path: Path | None) -> None:
     """Find out before minutes of work, not after."""
     if json_path == _STDOUT and sys.stdout is None:
         raise click.BadParameter("there is no standard output", param_hint="--json")
-    if json_path == Path():
-        raise click.BadParameter("the name of a file is not empty", param_hint="--json")
     for path, option in ((plot, "--plot"), (json_path, "--json")):
         if path is not None and path != _STDOUT and not os.path.isdir(path.parent):
             raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)

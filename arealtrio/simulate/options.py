@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..checks import shown
+from ..command_line import PathOption
 from ..errors import ConfigError
 from .answers import FixedAnswers, LogNormalAnswers, RecordedAnswers
 from .servers import ServerKind, fleet
@@ -59,6 +60,13 @@ class _Lengths(_Converted):
 
 class _Trace(_Converted):
     name = "file"
+    path = PathOption()
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the file, if its name can be one."""
+        if isinstance(value, str):
+            self.path.convert(value, param, ctx)
+        return super().convert(value, param, ctx)
 
     def read(self, text: str) -> RecordedAnswers:
         return RecordedAnswers.load(Path(text))

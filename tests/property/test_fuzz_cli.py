@@ -57,7 +57,7 @@ WITH_VALUE = {
 NONSENSE = [
     "", " ", "-", "--", "x", "-1", "0", "1.5", "1e9", "nan", "inf", "-inf", "NaN", "0x10", "١",
     "9" * 30, "1" * 5000, "\udcff", "a\nb", "é", "\u2028", "None", "[]", "=", SECRET, "x" * 5000,
-    "1e400", "/no/such/place/file", "/dev/null/x", "y" * 300 + "/x", "least_request ",
+    "1e400", "\ud800", "/no/such/place/file", "/dev/null/x", "y" * 300 + "/x", "least_request ",
 ]  # fmt: skip
 nonsense = st.sampled_from(NONSENSE) | st.text(
     st.characters(blacklist_characters="\0", blacklist_categories=()), max_size=6

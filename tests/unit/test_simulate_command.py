@@ -195,7 +195,9 @@ def bad_trace(directory: Path) -> str:
         ("--plot /no/such/place/x.png", "there is no directory /no/such/place"),
         ("--plot x.bmp", "must end in .png, .svg or .pdf"),
         ("--json /no/such/place/x.json", "there is no directory /no/such/place"),
-        ("--json=", "Invalid value for --json: the name of a file is not empty"),
+        ("--json=", "Invalid value for '--json': a path is not empty"),
+        ("--plot=", "Invalid value for '--plot': a path is not empty"),
+        ("--trace=", "Invalid value for '--trace': a path is not empty"),
     ],
 )
 def test_a_wrong_argument_is_one_error_and_runs_nothing(
