@@ -38,6 +38,7 @@ FLAGS = (
     "--enforce-eager",
     "--enable-scale-out",  # /inference/v1/generate, the route that reports weight versions
     "--disable-uvicorn-access-log",
+    *("--distributed-executor-backend", "uni"),  # see ENVIRONMENT
 )
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -47,6 +48,10 @@ ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first request for logprobs compiles for 20 s
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server binds to core 0
     "OMP_NUM_THREADS": "1",
+    # "uni" runs the model in the engine's process, and is taken on a CPU only with this (a server's
+    # engine is a process of its own all the same). Else the two wait for each other by
+    # sched_yield(), a core each, and of two servers on two cores one may stand still for seconds.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
 
