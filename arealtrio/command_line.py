@@ -12,7 +12,7 @@ import click
 class PathOption(click.Path):
     """A path that a file can have; it comes as a ``Path``.
 
-    None is empty: ``--state "$DIR"`` without a ``DIR`` would mean this directory.
+    An empty one is refused: ``--state "$DIR"`` without a ``DIR`` would mean this directory.
 
     Args:
         options: As for ``click.Path``.
@@ -22,7 +22,7 @@ class PathOption(click.Path):
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
+        """Read it; a wrong one is the option's error, and exit status 2."""
         if value == "":
             self.fail("a path is not empty", param, ctx)
         try:

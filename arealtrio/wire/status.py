@@ -8,7 +8,7 @@ prompt can be a megabyte, and can be secret.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -54,13 +54,15 @@ def check_status(response: HttpResponse, server: str) -> None:
     raise ProtocolError(f"expected an answer of {server}, not status {status}")
 
 
-def masked(response: HttpResponse, secrets: Iterable[str]) -> HttpResponse:
+def masked(response: HttpResponse, secrets: Sequence[str]) -> HttpResponse:
     """Return an answer that repeats none of these: a gateway may say which key it refuses.
 
     Args:
-        response: A refusal, and not what is read for more than its reason.
+        response: A refusal, or what is read for no more than whether it is one, and why.
         secrets: The longest first.
     """
+    if not secrets:
+        return response
     body = _respelled(response.body)
     for secret in secrets:
         body = body.replace(_quoted(secret), MASK).replace(secret.encode(), MASK)

@@ -81,6 +81,11 @@ def test_what_is_no_json_is_masked_as_it_is(body: bytes) -> None:
     assert answer.body == body.replace(b"sk/ab+cdefg", b"***")
 
 
+def test_without_a_key_an_answer_is_not_touched() -> None:
+    answer = HttpResponse(200, {}, b'{"a" : "b\\/c"}')
+    assert masked(answer, ()) is answer
+
+
 @pytest.mark.parametrize("status", [200, 201, 204, 299])
 def test_success_says_nothing(status: int) -> None:
     check_status(HttpResponse(status, {}, b"whatever"), "vLLM")
