@@ -113,7 +113,7 @@ class BatchAssembly:
         if self._recording is not None:
             self._recording.check()
         size = self._config.consumer_batch_size
-        ready = stream.places.ready >= size
+        ready = stream.places.has_ready(size)
         if not ready:
             self._check_failures(stream)
         wanted = self._prompts_wanted(stream)

@@ -145,13 +145,20 @@ class BatchStream:
         """
         if self._oldest >= oldest:  # nearly always: versions advance once a batch
             return []
+        self._look_again()  # what was the oldest may have left with a batch
+        if self._oldest >= oldest:
+            return []
         old = self.places.take_where(
             lambda entry: isinstance(entry, Group) and is_older(entry, oldest)
         )
+        self._look_again()
         groups = [entry for entry in reversed(old) if isinstance(entry, Group)]
-        waiting = [_age(entry) for entry in self.places if isinstance(entry, Group)]
-        self._oldest = min(waiting, default=inf)
         return [(group, self._tasks.pop(group.task_id, None)) for group in groups]
+
+    def _look_again(self) -> None:
+        """Bring ``_oldest`` up to date."""
+        ages = [_age(entry) for entry in self.places if isinstance(entry, Group)]
+        self._oldest = min(ages, default=inf)
 
     def failed(self, result: RolloutResult) -> None:
         """Keep the record of what settled otherwise, if need be in an older one's place."""
@@ -195,4 +202,5 @@ class BatchStream:
 
 def _age(group: Group) -> float:
     """The version of its oldest token; infinite where nothing was generated."""
-    return inf if group.head_version is None else group.head_version
+    version = group.head_version
+    return inf if version is None else version

@@ -341,7 +341,9 @@ class RolloutConfig:
 
     def headers_of(self, server: str) -> tuple[tuple[str, str], ...]:
         """The headers of every request to a server; its own win, whatever the case of the names."""
-        own = self.server_headers.get(server, {})
+        own = self.server_headers.get(server)
+        if not own:  # nearly always
+            return tuple(self.headers.items())
         lower = {name.lower() for name in own}
         shared = (
             (name, value) for name, value in self.headers.items() if name.lower() not in lower

@@ -74,6 +74,8 @@ class RemoteEngine:
         self.config = config
         self._tally = Tally()
         self._affinity = Affinity(config.affinity_size, pool.fleet.serves)
+        self._limits = config.segment_limits()
+        self._limits_of_streams = config.segment_limits(streamed=True)
         self._warned_of_logprobs = False
 
     def get_version(self) -> int:
@@ -467,10 +469,9 @@ class RemoteEngine:
         self, server: Server, request: HttpRequest, arrived: StreamParser | None
     ) -> HttpResponse | None:
         """Return the whole answer; None where it was a stream, and is in ``arrived`` now."""
-        limits = self.config.segment_limits(streamed=arrived is not None)
         if arrived is None:
-            return await self.pool.send(server, request, limits)
-        async with self.pool.stream(server, request, limits) as response:
+            return await self.pool.send(server, request, self._limits)
+        async with self.pool.stream(server, request, self._limits_of_streams) as response:
             if not _is_event_stream(response):  # a refusal, or a proxy that collects
                 body = b"".join([piece async for piece in response.chunks()])
                 whole = HttpResponse(response.status, response.headers, body)

@@ -38,6 +38,8 @@ class FailureBudget:
     @property
     def spent(self) -> bool:
         """Whether to stop."""
+        if not self._failed:  # nearly always
+            return False
         return self._too_many_in_a_row or self._too_large_a_share
 
     @property

@@ -168,7 +168,7 @@ class _RewardedWorkflow:
             response.output_tokens.copy(),
             **{key: value for key, value in data.items() if key not in REWARD_ARGUMENTS},
         )
-        if inspect.isawaitable(result):
+        if not isinstance(result, float) and inspect.isawaitable(result):
             result = await result
         return None if result is None else as_reward(result)
 
