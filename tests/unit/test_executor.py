@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from arealtrio.group_policy import GroupPolicy
 from arealtrio.settlement import RolloutResult
 from arealtrio.testing import FixedLengths, checkpoint, simulated_executor
 from arealtrio.trajectory import Batch, Group
-from arealtrio.types import FailureKind, Outcome
+from arealtrio.types import FailureKind, Outcome, Trajectory
 from arealtrio.weights import WeightUpdate
 
 from .puppet import (
@@ -459,6 +460,23 @@ async def test_a_rollout_expires_at_its_deadline_and_is_aborted_on_its_server(
         assert fleet.servers[0].generations == 0
         assert executor.get_capacity() == 1
         assert trio.current_time() - started == pytest.approx(5)
+
+
+async def test_rows_of_a_workflow_that_catches_its_deadline_are_not_thrown_away(
+    autojump_clock: Clock,
+) -> None:
+    class Stubborn:
+        async def arun_episode(self, engine: object, data: Prompt) -> Trajectory:
+            with suppress(trio.Cancelled):
+                await trio.sleep_forever()
+            return row()
+
+    async with simulated_executor(servers=1, rollout_timeout_s=5) as (executor, fleet):
+        executor.submit({}, Stubborn())
+        (result,) = await executor.wait(1)
+        assert result.outcome is Outcome.ACCEPTED
+        check_counts(executor)
+    check_closed(executor, fleet)
 
 
 async def test_what_runs_at_close_is_cancelled_and_nothing_is_left(autojump_clock: Clock) -> None:
