@@ -102,14 +102,6 @@ def finished(directory: Path) -> set[str]:
     return {mark for (mark,) in rows}
 
 
-def kept_compiled(directory: Path) -> dict[str, str]:
-    """Variables that spare every life but the first the compiling, which is much of a short one."""
-    if not sys.dont_write_bytecode:
-        return {}
-    where = str(directory / "compiled")
-    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": where}
-
-
 async def live(
     directory: Path, urls: list[str], watched: Watched, kill_after: int | None, rng: random.Random
 ) -> bool:
@@ -127,7 +119,7 @@ async def live(
         [sys.executable, "-m", "arealtrio", "demo", *words, *servers],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **kept_compiled(directory.parent)},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
     try:
         async with trio.open_nursery() as nursery:
