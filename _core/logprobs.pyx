@@ -15,9 +15,10 @@ Numbers are rounded correctly to float64 by std::from_chars, and then to float32
 equals ``numpy.float32(json.loads(text))`` to the last bit.
 """
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.math cimport NAN
-from libc.stdint cimport INT32_MAX, int32_t, int64_t
+from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy
 
@@ -121,6 +122,7 @@ cdef extern from "<cmath>" namespace "std" nogil:
 ctypedef const unsigned char* Bytes
 
 cdef int DEPTH_MAX = 128  # of nesting, so of recursion; a real answer has fewer than ten levels
+cdef int ID_DIGITS_MAX = 10
 cdef int ID_SIZE_MAX = 12  # of one id in JSON: a sign, ten digits, a comma
 
 cdef enum Kind:
@@ -159,7 +161,10 @@ cdef struct Found:
     float* values
     Py_ssize_t size
     Py_ssize_t room
-    Bytes begin  # the list in the document, for the cut
+
+# What is left out of the rest.
+cdef struct Cut:
+    Bytes begin
     Bytes end
 
 cdef struct Scan:
@@ -169,6 +174,8 @@ cdef struct Scan:
     bint out_of_memory
     const Node* nodes
     Found* found
+    Cut* cuts  # in the document's order; one for each node is the most
+    int cut_count
 
 
 # --- the grammar of RFC 8259 -------------------------------------------------------------------
@@ -202,11 +209,16 @@ cdef inline bint take(Scan* scan, unsigned char wanted, const char* expected) no
     return True
 
 
-cdef bint skip_word(Scan* scan, const char* word, Py_ssize_t size) noexcept nogil:
-    if scan.end - scan.at < size or memcmp(scan.at, word, size) != 0:
-        return fail(scan, b"a JSON value")
+cdef inline bint pass_text(Scan* scan, const char* text, Py_ssize_t size) noexcept nogil:
+    """Go behind ``text`` where it is what comes next."""
+    if scan.end - scan.at < size or memcmp(scan.at, text, size) != 0:
+        return False
     scan.at += size
     return True
+
+
+cdef bint skip_word(Scan* scan, const char* word, Py_ssize_t size) noexcept nogil:
+    return pass_text(scan, word, size) or fail(scan, b"a JSON value")
 
 
 cdef inline bint is_digit(unsigned char char) noexcept nogil:
@@ -420,7 +432,8 @@ cdef bint skip_value(Scan* scan, int depth) noexcept nogil:
 cdef bint read_id(Scan* scan, int32_t* value) noexcept nogil:
     """A token id: an integer in 0 … 2³¹-1. (-0 is 0, as everywhere in JSON.)"""
     cdef Bytes at = scan.at
-    cdef int64_t number = 0
+    cdef Bytes begin
+    cdef uint64_t number = 0  # wraps round where there are too many digits, which are counted
     if at[0] == c"-" and at[1] == c"0":
         at += 1
     if not is_digit(at[0]):
@@ -428,11 +441,12 @@ cdef bint read_id(Scan* scan, int32_t* value) noexcept nogil:
     if at[0] == c"0":
         at += 1
     else:
+        begin = at
         while is_digit(at[0]):
             number = number * 10 + (at[0] - c"0")
-            if number > INT32_MAX:
-                return fail(scan, b"a token id below 2**31")
             at += 1
+        if number > INT32_MAX or at - begin > ID_DIGITS_MAX:
+            return fail(scan, b"a token id below 2**31")
     value[0] = <int32_t>number
     scan.at = at
     return True  # a fraction or an exponent stops whoever expects a comma next
@@ -610,11 +624,37 @@ cdef bint read_field(Scan* scan, Bytes begin, int32_t* token, float* value, int*
     return read_id(scan, token) if field == 1 else read_float(scan, value)
 
 
+cdef bint read_usual_record(Scan* scan, int32_t* token, float* value) noexcept nogil:
+    """The record to the letter as vLLM writes it; False at any other, read as if it were not there.
+
+    Where the chosen token alone is asked for, ``top_logprobs`` repeats it: of bytes that were
+    checked, the same bytes need no check but that they are the same.
+    """
+    cdef Bytes begin = scan.at
+    cdef Py_ssize_t size
+    if (
+        pass_text(scan, b'{"token_id":', 12) and read_id(scan, token)
+        and pass_text(scan, b',"logprob":', 11) and read_float(scan, value)
+        and pass_text(scan, b',"rank":', 8) and skip_number(scan)
+    ):
+        size = scan.at - begin
+        if (
+            pass_text(scan, b',"top_logprobs":[', 17)
+            and pass_text(scan, <const char*>begin, size) and pass_text(scan, b"}]}", 3)
+        ):
+            return True
+    scan.at = begin
+    scan.expected = NULL
+    return False
+
+
 cdef bint read_record(Scan* scan, int32_t* token, float* value) noexcept nogil:
     """``{"token_id": …, "logprob": …, …}`` in any order, each exactly once."""
     cdef bint done, first = True
     cdef int got = 0
     cdef Bytes begin
+    if read_usual_record(scan, token, value):
+        return True
     if not take(scan, c"{", b"a record of token_id and logprob"):
         return False
     while next_key(scan, first, &done):
@@ -675,8 +715,9 @@ cdef bint take_wanted(Scan* scan, int node, int depth) noexcept nogil:
             return False
     elif not read_list(scan, kind, found):
         return False
-    found.begin = begin
-    found.end = scan.at
+    scan.cuts[scan.cut_count].begin = begin
+    scan.cuts[scan.cut_count].end = scan.at
+    scan.cut_count += 1
     return True
 
 
@@ -764,19 +805,25 @@ cdef bint scan_document(Scan* scan) noexcept nogil:
 
 # --- the Python side ---------------------------------------------------------------------------
 
-cdef object ids_array(Found* found):
-    result = np.empty(found.size, dtype=np.int32)
-    cdef int32_t[::1] view = result
-    if found.size:
-        memcpy(&view[0], found.ids, found.size * sizeof(int32_t))
-    return result
+cdef object empty = np.empty
+cdef object INT32 = np.dtype(np.int32)
+cdef object FLOAT32 = np.dtype(np.float32)
 
 
-cdef object values_array(Found* found):
-    result = np.empty(found.size, dtype=np.float32)
-    cdef float[::1] view = result
-    if found.size:
-        memcpy(&view[0], found.values, found.size * sizeof(float))
+cdef inline char* copy(char* to, Bytes begin, Py_ssize_t size) noexcept nogil:
+    """Return where the copy ends."""
+    memcpy(to, begin, size)
+    return to + size
+
+
+cdef object array(const void* items, Py_ssize_t size, object dtype):
+    """A fresh array of ``size`` items, which have four bytes each."""
+    cdef Py_buffer view
+    result = empty(size, dtype)
+    PyObject_GetBuffer(result, &view, PyBUF_WRITABLE)
+    if size:  # of none there is no memory to copy from
+        memcpy(view.buf, items, view.len)
+    PyBuffer_Release(&view)
     return result
 
 
@@ -785,8 +832,8 @@ cdef object column(Kind kind, Found* found):
     if not found.is_list:
         return None
     return (
-        ids_array(found) if found.has_ids else None,
-        None if kind == IDS or kind == TOKEN_STRINGS else values_array(found),
+        array(found.ids, found.size, INT32) if found.has_ids else None,
+        None if kind == IDS or kind == TOKEN_STRINGS else array(found.values, found.size, FLOAT32),
     )
 
 
@@ -860,9 +907,11 @@ cdef class Scanner:
         scan.out_of_memory = False
         scan.nodes = self.nodes
         scan.found = <Found*>calloc(self.node_count, sizeof(Found))
-        if scan.found == NULL:
-            raise MemoryError
+        scan.cuts = <Cut*>calloc(self.node_count, sizeof(Cut))
+        scan.cut_count = 0
         try:
+            if scan.found == NULL or scan.cuts == NULL:
+                raise MemoryError
             with nogil:
                 scan_document(&scan)
             if scan.out_of_memory:
@@ -872,10 +921,12 @@ cdef class Scanner:
                 raise ValueError(f"expected {expected} at byte {scan.at - begin}")
             return self._columns(&scan), self._rest(&scan, body)
         finally:
-            for node in range(self.node_count):
-                free(scan.found[node].ids)
-                free(scan.found[node].values)
+            if scan.found != NULL:
+                for node in range(self.node_count):
+                    free(scan.found[node].ids)
+                    free(scan.found[node].values)
             free(scan.found)
+            free(scan.cuts)
 
     cdef dict _columns(self, Scan* scan):
         cdef int node
@@ -886,19 +937,19 @@ cdef class Scanner:
 
     cdef bytes _rest(self, Scan* scan, bytes body):
         """The document with ``null`` in the place of everything wanted."""
-        cdef const char* begin = PyBytes_AS_STRING(body)
-        cdef Py_ssize_t at = 0
-        cuts = sorted(
-            (scan.found[node].begin - <Bytes>begin, scan.found[node].end - <Bytes>begin)
-            for node in range(self.node_count)
-            if scan.found[node].begin != NULL
-        )
-        pieces = []
-        for start, stop in cuts:
-            pieces.append(body[at:start])
-            at = stop
-        pieces.append(body[at:])
-        return b"null".join(pieces)
+        cdef Bytes at = <Bytes>PyBytes_AS_STRING(body)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(body)
+        cdef int index
+        for index in range(scan.cut_count):
+            size += 4 - (scan.cuts[index].end - scan.cuts[index].begin)
+        cdef bytes rest = PyBytes_FromStringAndSize(NULL, size)
+        cdef char* to = PyBytes_AS_STRING(rest)
+        for index in range(scan.cut_count):
+            to = copy(to, at, scan.cuts[index].begin - at)
+            to = copy(to, <Bytes>"null", 4)
+            at = scan.cuts[index].end
+        copy(to, at, scan.end - at)
+        return rest
 
 
 def encode_ids(const int32_t[::1] ids not None):

@@ -376,10 +376,7 @@ class RemoteEngine:
         if answer.routed_experts is not None or not count:
             return answer, versions
         self._lose(generation, count)
-        nothing = dataclasses.replace(
-            answer, token_ids=answer.token_ids[:0], logprobs=answer.logprobs[:0], versions=()
-        )
-        return nothing, versions[:0]
+        return answer.without_tokens(), versions[:0]
 
     def _lose(self, generation: Generation, count: int) -> None:
         """Count tokens that came and can not be used; others are made in their place."""

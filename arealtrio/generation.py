@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ._core import vectors
 from .config import RolloutConfig
 from .errors import ProtocolError
 from .experts import RoutedExperts
@@ -164,7 +165,7 @@ class Generation:
                 f"where at most {asked} were asked for"
             )
         floor = self.lowest_admissible_version
-        if count and (versions[0] < floor or bool((versions[1:] < versions[:-1]).any())):
+        if not vectors.ascends(versions, floor):
             raise ProtocolError(f"{server} reports weight versions that go back, or below {floor}")
         if count and self.experts is not None:
             read = segment.token_ids if answer.prompt_ids is None else answer.prompt_ids

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from .errors import ProtocolError
 from .servers import IN_SERVICE, Lease, ServerPool
-from .types import Int32Array
+from .types import Int32Array, vector_of
 from .wire.dialect import SegmentResponse, VersionSpan
 
 
@@ -26,12 +24,12 @@ def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tupl
     count = len(answer.token_ids)
     if lease.adapter_version is not None:
         exact = lease.server.base_version == lease.base_version
-        return np.full(count, lease.adapter_version, dtype=np.int32), exact
+        return vector_of(lease.adapter_version, count), exact
     if answer.versions is None:
         first = pool.recipe == ()  # what a server starts with, it has whoever restarts it
         exact = lease.server.version == lease.version and (lease.server.tells_restarts or first)
-        return np.full(count, lease.version, dtype=np.int32), exact
-    versions = np.full(count, lease.version, dtype=np.int32)
+        return vector_of(lease.version, count), exact
+    versions = vector_of(lease.version, count)
     exact = True
     _check_belief(pool, lease, answer.versions)
     for span in answer.versions:

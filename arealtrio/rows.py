@@ -27,6 +27,7 @@ from .types import (
     TokenIds,
     Trajectory,
     as_token_ids,
+    vector_of,
 )
 
 # What ``arun_episode`` may return; ``rows_from_result`` reads it.
@@ -54,17 +55,21 @@ def as_reward(value: object) -> float:
     Raises:
         WorkflowError: For anything else, infinities and NaN included.
     """
+    reward = value if type(value) is float else _as_float(value)
+    if not abs(reward) <= FLOAT32_MAX:
+        raise WorkflowError(f"a reward must be finite as a float32, not {reward:g}")
+    return reward
+
+
+def _as_float(value: object) -> float:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):
         raise WorkflowError(f"a reward must be a number, not a {type(value).__name__}")
     try:
-        reward = float(value)
+        return float(value)
     except OverflowError:  # an int or a fraction beyond even that
-        reward = inf
-    if not abs(reward) <= FLOAT32_MAX:
-        raise WorkflowError(f"a reward must be finite as a float32, not {reward:g}")
-    return reward
+        return inf
 
 
 def as_column(name: str, value: object) -> npt.NDArray[Any]:
@@ -178,7 +183,7 @@ class RowBuilder:
             raise WorkflowError("a row needs at least one token: append a prompt or a response")
         loss_mask = np.zeros(self._length, dtype=np.int32)
         logprobs = np.zeros(self._length, dtype=np.float32)
-        versions = np.full(self._length, PROMPT_VERSION, dtype=np.int32)
+        versions = vector_of(PROMPT_VERSION, self._length)
         for where, made_logprobs, made_versions in self._made:
             loss_mask[where] = 1
             logprobs[where] = made_logprobs

@@ -2,6 +2,9 @@
 
 Shapes: ``P`` prompt tokens, ``N`` generated tokens, ``T = P + N`` (more over several turns).
 Token ids and versions are int32, logprobs float32, masks int32.
+
+What a user handles is a dataclass. What only rooms hand each other, several for every answer, is a
+``msgspec.Struct``: a frozen dataclass takes ten times as long to make.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal, Self, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ._core import vectors
 from .checks import finite, flag, integer, items, shown, text
 from .errors import ConfigError, InvalidRequest, WorkflowError
 
@@ -41,6 +46,9 @@ def as_token_ids(value: TokenIds, what: str = "input_ids") -> Int32Array:
     Raises:
         InvalidRequest: If it is not one-dimensional, not integral, or an id is negative or ≥ 2³¹.
     """
+    usual = vectors.token_ids(value)
+    if usual is not None:
+        return usual
     try:
         ids = np.asarray(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
@@ -55,6 +63,13 @@ def as_token_ids(value: TokenIds, what: str = "input_ids") -> Int32Array:
     if np.minimum.reduce(ids) < 0 or (ids.dtype != np.int32 and int(ids.max()) > INT32_MAX):
         raise InvalidRequest(f"{what} holds an id outside 0 … {INT32_MAX}")
     return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def vector_of(value: int, length: int) -> Int32Array:
+    """Return an int32 vector that holds one value only; ``np.full`` takes three times as long."""
+    made = np.empty(length, np.int32)
+    made.fill(value)
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,18 +332,10 @@ class Trajectory:
     extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype in (("input_ids", np.int32), ("loss_mask", np.int32),
-                            ("logprobs", np.float32), ("versions", np.int32)):  # fmt: skip
-            given = getattr(self, name)
-            array = _vector(name, given, dtype)
-            if array.shape != np.shape(self.input_ids) or array.ndim != 1 or array.size == 0:
-                raise WorkflowError(
-                    f"a trajectory's {name} must be a vector as long as its input_ids, "
-                    f"not of shape {array.shape}"
-                )
-            if array is not given:
-                object.__setattr__(self, name, array)
-        if not isinstance(self.extras, Mapping):
+        columns = (self.input_ids, self.loss_mask, self.logprobs, self.versions)
+        if not vectors.are_alike(columns, b"iifi"):
+            self._make_alike()
+        if type(self.extras) is not dict and not isinstance(self.extras, Mapping):
             raise WorkflowError(
                 f"a trajectory's extras must be a mapping, not {shown(self.extras)}"
             )
@@ -342,11 +349,27 @@ class Trajectory:
         reward = finite("a trajectory's reward", self.reward, error=WorkflowError)
         if abs(reward) > FLOAT32_MAX:
             raise WorkflowError("a trajectory's reward must be finite as a float32")
-        object.__setattr__(self, "reward", reward)
+        if reward is not self.reward:
+            object.__setattr__(self, "reward", reward)
         flag("a trajectory's versions_exact", self.versions_exact, error=WorkflowError)
         text("a trajectory's prompt_id", self.prompt_id, error=WorkflowError)
         index = integer("a trajectory's member_index", self.member_index, 0, error=WorkflowError)
-        object.__setattr__(self, "member_index", index)
+        if index is not self.member_index:
+            object.__setattr__(self, "member_index", index)
+
+    def _make_alike(self) -> None:
+        """Turn what a workflow gave into the four columns, or say which of them is none."""
+        for name, dtype in (("input_ids", np.int32), ("loss_mask", np.int32),
+                            ("logprobs", np.float32), ("versions", np.int32)):  # fmt: skip
+            given = getattr(self, name)
+            array = _vector(name, given, dtype)
+            if array.shape != np.shape(self.input_ids) or array.ndim != 1 or array.size == 0:
+                raise WorkflowError(
+                    f"a trajectory's {name} must be a vector as long as its input_ids, "
+                    f"not of shape {array.shape}"
+                )
+            if array is not given:
+                object.__setattr__(self, name, array)
 
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
@@ -383,7 +406,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """What a workflow gave as an array of ``dtype``; integers only where nothing is lost."""
     if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous:
-        return value  # nearly always
+        return value
     refusal = WorkflowError(f"a trajectory's {name} must be a vector of {dtype.__name__}")
     try:
         array = np.asarray(value)
@@ -444,8 +467,7 @@ class Failure:
         return f"{self.kind.value} failure{where}: {type(self.error).__name__}: {self.error}"
 
 
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
+class HttpRequest(msgspec.Struct, frozen=True):
     """A request as pure data; who sends it, to which server, is not its business.
 
     Args:
@@ -461,8 +483,7 @@ class HttpRequest:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HttpResponse:
+class HttpResponse(msgspec.Struct, frozen=True, eq=False):
     """An answer, whole: status, headers with lower-case names, body.
 
     Args:
@@ -476,8 +497,7 @@ class HttpResponse:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimeLimits:
+class TimeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The named limits of one HTTP exchange, in seconds; none is infinite.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -66,7 +65,7 @@ def masked(response: HttpResponse, secrets: Sequence[str]) -> HttpResponse:
     body = _respelled(response.body)
     for secret in secrets:
         body = body.replace(_quoted(secret), MASK).replace(secret.encode(), MASK)
-    return replace(response, body=body)
+    return msgspec.structs.replace(response, body=body)
 
 
 def _respelled(body: bytes) -> bytes:

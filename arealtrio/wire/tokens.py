@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import numpy as np
-
+from .._core import vectors
 from .._core.logprobs import Scanner
 from ..errors import ProtocolError
 from ..types import Float32Array, HttpResponse, Int32Array
@@ -50,7 +49,7 @@ def check_tokens(
             f"expected as many logprobs as tokens from {server}, "
             f"got {len(logprobs)} for {len(ids)} tokens"
         )
-    if np.isnan(logprobs).any():
+    if vectors.has_nan(logprobs):
         raise ProtocolError(f"expected a logprob for every token from {server}, got null")
     return ids, logprobs
 

@@ -29,9 +29,10 @@ def read_label(label: str | None) -> int | None:
     """The version that a label of ours names; None for every other label."""
     if label is None or not 0 < len(label) <= _DIGITS_MAX or not label.isascii():
         return None
-    if not label.isdigit() or str(int(label)) != label or int(label) > INT32_MAX:
+    if not label.isdigit() or (label[0] == "0" and label != "0"):
         return None
-    return int(label)
+    version = int(label)
+    return version if version <= INT32_MAX else None
 
 
 def read_spans(spans: Sequence[Span], token_count: int) -> tuple[VersionSpan, ...]:
@@ -44,6 +45,7 @@ def read_spans(spans: Sequence[Span], token_count: int) -> tuple[VersionSpan, ..
         ProtocolError: If there is a gap, an overlap, or an end that is not the tokens' end.
     """
     covered = 0
+    found = []
     for span in spans:
         if span.start != covered or span.end < span.start:
             raise ProtocolError(
@@ -51,12 +53,10 @@ def read_spans(spans: Sequence[Span], token_count: int) -> tuple[VersionSpan, ..
                 f"got {span.start} to {span.end}"
             )
         covered = span.end
+        if span.end > span.start:
+            found.append(VersionSpan(read_label(span.version), span.start, span.end))
     if covered != token_count:
         raise ProtocolError(
             f"expected weight-version spans over {token_count} tokens, they cover {covered}"
         )
-    return tuple(
-        VersionSpan(read_label(span.version), span.start, span.end)
-        for span in spans
-        if span.end > span.start
-    )
+    return tuple(found)

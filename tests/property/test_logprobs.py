@@ -72,6 +72,15 @@ tokens = st.lists(ids.map(lambda i: f"token_id:{i}"), max_size=5) | st.lists(tex
 record = st.fixed_dictionaries(
     {"token_id": ids, "logprob": logprobs}, optional={"rank": junk, "top_logprobs": junk}
 )
+
+
+def usual(token_id: int, logprob: float | None, rank: int) -> dict[str, Any]:
+    """A record as vLLM writes it, which repeats itself."""
+    chosen = {"token_id": token_id, "logprob": logprob, "rank": rank}
+    return chosen | {"top_logprobs": [chosen]}
+
+
+usual_record = st.builds(usual, ids, logprobs, st.integers(-1, 200_000))
 pair = st.tuples(logprobs, ids, junk).map(list) | st.tuples(logprobs, ids).map(list)
 
 
@@ -94,7 +103,7 @@ document = with_junk(
                         {
                             "token_logprobs": st.none() | st.lists(logprobs, max_size=5),
                             "tokens": st.none() | tokens,
-                            "content": st.none() | st.lists(record, max_size=3),
+                            "content": st.none() | st.lists(usual_record | record, max_size=3),
                         }
                     ),
                 }
@@ -140,6 +149,35 @@ def test_a_document_that_is_cut_short_is_refused(body: bytes, place: int) -> Non
     assert not agree(body[: place % len(body.rstrip())])
 
 
+usual_answer = st.lists(usual_record, min_size=1, max_size=4).map(
+    lambda records: json.dumps(
+        {"choices": [{"logprobs": {"content": records}}]}, separators=(",", ":")
+    ).encode()
+)
+
+
+@given(usual_answer)
+@settings(max_examples=MANY)
+def test_usual_records_give_what_json_gives(body: bytes) -> None:
+    assert agree(body)
+
+
+@given(usual_answer, st.integers(0, 10**6), st.sampled_from(b'0123456789-.e,:{}[]"n \\'))
+@settings(max_examples=MANY)
+def test_usual_records_with_one_wrong_byte_are_read_alike_or_refused_by_both(
+    body: bytes, place: int, byte: int
+) -> None:
+    at = place % len(body)
+    agree(body[:at] + bytes([byte]) + body[at + 1 :])
+    agree(body[:at] + bytes([byte]) + body[at:])
+    agree(body[:at] + body[at + 1 :])
+
+
+@given(usual_answer, st.integers(0, 10**6))
+def test_usual_records_that_are_cut_short_are_refused(body: bytes, place: int) -> None:
+    assert not agree(body[: place % len(body)])
+
+
 FRAGMENTS = [
     "{", "}", "[", "]", ",", ":", '"', "\\", " ", "\n", "0", "1", "9", "-", "+", ".", "e", "E", "x",
     "null", "true", "false", "NaN", "Infinity", "nul", '"ids"', '"meta_info"', '"pairs"',
@@ -176,6 +214,14 @@ FRAGMENTS = [
 @example('{"choices":[{"logprobs":{"content":[{"token_id":1,"logprob":-1,"token_id":1}]}}]}')
 @example('{"choices":[{"logprobs":{"content":[{"token_id":1}]}}]}')
 @example('{"choices":[{"logprobs":{"content":[{"token\\u005fid":1,"logprob":-1}]}}]}')
+@example(
+    '{"choices":[{"logprobs":{"content":[{"token_id":1,"logprob":-1,"rank":1,"top_logprobs":['
+    '{"token_id":1,"logprob":-1,"rank":12}]}]}}]}'
+)
+@example(
+    '{"choices":[{"logprobs":{"content":[{"token_id":1,"logprob":-1,"rank":1,"top_logprobs":['
+    '{"token_id":1,"logprob":-1,"rank":1}],"token_id":1}]}}]}'
+)
 @example('{"choices":[{"logprobs":{"tokens":["token_id:1","token\\u005fid:2"]}}]}')
 @example('{"choices":[{"logprobs":{"tokens":["token_id:1","token_id:01"]}}]}')
 @example('{"choices":[{"logprobs":{"tokens":["token_id:1","token_id:-0"]}}]}')

@@ -81,7 +81,7 @@ DOORS = {
     "httpx": "transport embedded testing",
     "hypercorn": "embedded",
     "matplotlib": "simulate",
-    "msgspec": "wire embedded ledger",
+    "msgspec": "types wire embedded ledger",
     "numpy": "*",
     "outcome": "controller leases waiting",  # what a waiter is woken with
     "starlette": "embedded",
