@@ -51,7 +51,8 @@ class Pace:
 
     def step_s(self, sequences: int) -> float:
         """Seconds of one step with so many sequences."""
-        return self.token_time_s * (1 + self.batch_growth * max(sequences - 1, 0)) / self.speed
+        further = sequences - 1 if sequences else 0
+        return self.token_time_s * (1 + self.batch_growth * further) / self.speed
 
 
 @dataclass(slots=True, eq=False)
