@@ -14,8 +14,9 @@ DIRECTIVES = {
 }
 
 # logprobs.pyx parses floats with std::from_chars (C++17), which libstdc++ implements with a
-# correctly rounding, locale-free routine that needs no GIL; the others are plain C.
-CPLUSPLUS = {"logprobs"}
+# correctly rounding, locale-free routine that needs no GIL; answers.pyx writes integers with
+# std::to_chars; the others are plain C.
+CPLUSPLUS = {"answers", "logprobs"}
 
 
 def island(source: Path) -> Extension:

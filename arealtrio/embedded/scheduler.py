@@ -307,6 +307,10 @@ class Scheduler:
             self._running.append(sequence)
             if not sequence.output_length:
                 self.counters.prompt_tokens += sequence.prompt_length
+            self._enter(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        """A sequence got a slot, maybe once more. A subclass that keeps time plans its answer."""
 
     def _advance(self, sequence: Sequence, row: Logits, logprobs: np.ndarray) -> None:
         params = sequence.params

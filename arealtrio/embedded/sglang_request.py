@@ -173,7 +173,8 @@ def _experts_from(body: GenerateBody, prompt: list[int]) -> int | None:
 
 def _check_supported(body: object, names: Iterable[str]) -> None:
     for name in names:
-        if getattr(body, name) not in (None, [], ""):
+        value = getattr(body, name)
+        if value is not None and value not in ([], ""):
             raise SglangError(f"{name} is not supported by this embedded server")
 
 

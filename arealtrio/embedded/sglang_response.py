@@ -7,11 +7,12 @@ Every shape has the keys of the recordings in tests/golden/sglang-0.5.23. There 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import msgspec
 
+from .._core.answers import write_pairs
 from .experts import as_int32, routed_experts
+from .http import json_bytes
 from .sequence import Sequence, as_objects
 from .sglang_error import Json
 
@@ -101,10 +102,10 @@ class Told:
             return {}
         sequence = self.sequence
         ids = sequence.token_ids[sequence.prompt_length + start :]
-        written = b",".join(map(_pair, sequence.logprobs[start:], ids))
+        written = write_pairs(sequence.logprobs[start:], ids, json_bytes)
         return {
             "input_token_logprobs": [],
-            "output_token_logprobs": msgspec.Raw(b"[" + written + b"]"),
+            "output_token_logprobs": msgspec.Raw(written),
             "output_token_logprobs_length": sequence.output_length,
         }
 
@@ -135,12 +136,6 @@ class Told:
             "decode_throughput": decoded / decoding_s if decoding_s > 0 else 0.0,
             "response_sent_to_client_ts": end_ts,
         }
-
-
-@lru_cache(maxsize=2**14)
-def _pair(logprob: float, token_id: int) -> bytes:
-    """Write a token; a scripted model makes the same ones all the time."""
-    return msgspec.json.encode((logprob, token_id, None))
 
 
 def finish_reason(sequence: Sequence) -> Json | None:

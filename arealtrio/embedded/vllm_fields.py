@@ -11,6 +11,7 @@ import msgspec
 from .http import NOT_JSON
 from .vllm_error import validation_error
 
+_TRUTH = {True: True, False: False, "true": True, "false": False}
 T = TypeVar("T")
 Body = Mapping[str, Any]
 
@@ -59,7 +60,8 @@ def number(body: Body, name: str, default: float, loc: str = "body") -> float:
 
 def flag(body: Body, name: str, loc: str = "body") -> bool:
     """Read a truth value; not there is False."""
-    if body.get(name) is None:
+    value = body.get(name)
+    if value is None or value is False:
         return False
     return bool(_parsed(body, name, False, loc, _to_bool, "bool_parsing", "boolean"))
 
@@ -129,7 +131,6 @@ def _to_float(value: Any) -> float:
 
 
 def _to_bool(value: Any) -> bool:
-    table = {True: True, False: False, "true": True, "false": False}
-    if not isinstance(value, bool | int | str) or value not in table:
+    if not isinstance(value, bool | int | str) or value not in _TRUTH:
         raise ValueError("no boolean")
-    return table[value]
+    return _TRUTH[value]

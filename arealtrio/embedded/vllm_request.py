@@ -28,7 +28,7 @@ _UNSUPPORTED = (
 _SAMPLING = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids",
     "ignore_eos", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "logprobs",
+    "logprobs", "n", "routed_experts_prompt_start",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def read_completion(body: Body, limits: Limits) -> GenerateRequest:
     for prompt in prompts:
         if len(prompt) >= limits.max_model_len:
             raise _too_long_for_completions(len(prompt), limits.max_model_len)
-    return _checked(body, prompts, body, "body", limits)
+    return _checked(body, prompts, _sampling_fields(body), "body", limits)
 
 
 def read_tokens(body: Body, limits: Limits) -> GenerateRequest:
@@ -127,13 +127,19 @@ def read_chat(body: Body, limits: Limits) -> GenerateRequest:
     if len(prompt) >= limits.max_model_len:
         raise _too_long_for_completions(len(prompt), limits.max_model_len)
     wanted = integer(body, "top_logprobs", 0) if flag(body, "logprobs") else None
-    return _checked(body, (prompt,), {**body, "logprobs": wanted}, "body", limits)
+    sampling = {**_sampling_fields(body), "logprobs": wanted}
+    return _checked(body, (prompt,), sampling, "body", limits)
+
+
+def _sampling_fields(body: Body) -> Body:
+    """Of a route that has them among the others."""
+    return {name: body[name] for name in _SAMPLING if name in body}
 
 
 def _checked(
     body: Body, prompts: tuple[list[int], ...], sampling: Body, loc: str, limits: Limits
 ) -> GenerateRequest:
-    written = msgspec.json.encode({name: sampling.get(name) for name in _SAMPLING})
+    written = msgspec.json.encode(sampling)
     params = _sampling(written, loc)
     model = _model(body.get("model"), limits)
     _check_sampling(written, loc, limits.vocab_size)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import msgspec
 
+from .._core.answers import write_records
 from .experts import as_npy, routed_experts
+from .http import json_bytes
 from .sequence import Sequence, as_objects
 from .vllm_request import GenerateRequest
 
@@ -314,16 +315,8 @@ def _tokens_logprobs(
     if not any(sequence.top_logprobs[start:end]):
         ids = _output(sequence, start, end)
         logprobs, ranks = sequence.logprobs[start:end], sequence.ranks[start:end]
-        written = b",".join(map(_chosen_alone, ids, logprobs, ranks))
-        return {"content": msgspec.Raw(b"[" + written + b"]")}
+        return {"content": msgspec.Raw(write_records(ids, logprobs, ranks, json_bytes))}
     return {"content": [_tokens_logprob(sequence, at) for at in range(start, end)]}
-
-
-@lru_cache(maxsize=2**14)
-def _chosen_alone(token_id: int, logprob: float, rank: int) -> bytes:
-    """Write a token without other candidates; a scripted model makes the same ones all the time."""
-    chosen = {"token_id": token_id, "logprob": logprob, "rank": rank}
-    return msgspec.json.encode({**chosen, "top_logprobs": [chosen]})
 
 
 def _tokens_logprob(sequence: Sequence, at: int) -> Json:

@@ -51,7 +51,8 @@ class Pace:
 
     def step_s(self, sequences: int) -> float:
         """Seconds of one step with so many sequences."""
-        return self.token_time_s * (1 + self.batch_growth * max(sequences - 1, 0)) / self.speed
+        further = sequences - 1 if sequences else 0
+        return self.token_time_s * (1 + self.batch_growth * further) / self.speed
 
 
 @dataclass(slots=True, eq=False)
@@ -157,12 +158,12 @@ class TimedScheduler(Scheduler):
         """Take every decode step that is due by now, and return how many."""
         before = self._steps
         self.looked_at = now = self._clock()
-        while self._due <= now + self._step_s() * _ROUNDING:
+        while self._due <= now + (step_s := self._step_s()) * _ROUNDING:
             if self.state == "poisoned":
                 self._due = math.inf
                 self.die()
             else:
-                self._leap(now)
+                self._leap(now, step_s)
         if self._streamed and self._steps > before:
             self._write_streamed()
         return self._steps - before
@@ -174,9 +175,8 @@ class TimedScheduler(Scheduler):
             if progress is not None and _NOT_RUNNING < progress.since <= due:
                 self._write(progress)
 
-    def _leap(self, now: float) -> None:
+    def _leap(self, now: float, step_s: float) -> None:
         """Take the due steps up to the first that ends a sequence."""
-        step_s = self._step_s()
         due = 1 + int((now - self._due) / step_s + _ROUNDING)
         taken = min(due, self._steps_to_finish())
         self._steps += taken
@@ -188,19 +188,17 @@ class TimedScheduler(Scheduler):
         return self.pace.step_s(len(self._running))
 
     def _steps_to_finish(self) -> int:
-        self._drop_stale()
-        return self._finishes[0][0] - self._steps
-
-    def _drop_stale(self) -> None:
         finishes = self._finishes
-        while finishes and finishes[0][2].finish != finishes[0][0]:
+        while finishes[0][2].finish != finishes[0][0]:  # stale
             heapq.heappop(finishes)
+        return finishes[0][0] - self._steps
 
     def _finish_ended(self) -> None:
-        self._drop_stale()
-        while self._finishes and self._finishes[0][0] <= self._steps:
-            self._end(heapq.heappop(self._finishes)[2])
-            self._drop_stale()
+        finishes = self._finishes
+        while finishes and finishes[0][0] <= self._steps:
+            finish, _, progress = heapq.heappop(finishes)
+            if finish == progress.finish:
+                self._end(progress)
         self._admit()
 
     def _end(self, progress: _Progress) -> None:
@@ -219,11 +217,12 @@ class TimedScheduler(Scheduler):
 
     def _write(self, progress: _Progress) -> None:
         """Write the tokens that a running sequence got since it was last looked at."""
-        sequence = progress.sequence
-        count, done = self._steps - progress.since, sequence.output_length
-        progress.since = self._steps
+        count = self._steps - progress.since
         if not count:
             return
+        progress.since = self._steps
+        sequence = progress.sequence
+        done = sequence.output_length
         first = progress.plan.first - done
         sequence.token_ids += range(first, first - count, -1)
         sequence.logprobs += [self._logprob] * count
@@ -236,9 +235,8 @@ class TimedScheduler(Scheduler):
 
     def _extend_spans(self, sequence: Sequence, start: int, end: int) -> None:
         if sequence.spans and sequence.spans[-1].version == self.weight_version:
-            sequence.spans[-1] = sequence.spans[-1]._replace(end=end)
-        else:
-            sequence.spans.append(Span(self.weight_version, start, end))
+            start = sequence.spans.pop().start
+        sequence.spans.append(Span(self.weight_version, start, end))
 
     def _write_all(self) -> None:
         for sequence in self._running:
@@ -330,12 +328,6 @@ class TimedScheduler(Scheduler):
 
     def _generator(self, seed: int | None) -> np.random.Generator:  # noqa: ARG002
         return self._unused  # nothing is drawn token by token, and a generator costs 20 µs
-
-    def _admit(self) -> None:
-        before = len(self._running)
-        super()._admit()
-        for sequence in self._running[before:]:
-            self._enter(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
         progress = self._progress.get(sequence)

@@ -75,12 +75,19 @@ class VllmFace:
         if not self.generates(request):
             return None
         kind = _KINDS[request.path]
-        header_id = next((v for n, v in request.headers if n.lower() == "x-request-id"), None)
-        return begin(self._engine, self._settings, kind, decode_body(request.body), header_id)
+        body, header_id = decode_body(request.body), _header_id(request)
+        return begin(self._engine, self._settings, kind, body, header_id)
 
     def app_for(self, request: HttpRequest) -> AsgiApp:
         """See ``Face``. What has no endpoint, the application refuses."""
         return self._endpoints.of(request.method, request.path.partition("?")[0])
+
+
+def _header_id(request: HttpRequest) -> str | None:
+    for name, value in request.headers:
+        if name.lower() == "x-request-id":
+            return value
+    return None
 
 
 class SglangFace:

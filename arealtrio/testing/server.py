@@ -546,8 +546,10 @@ class SimulatedServer:
 
     def _count(self, change: int) -> None:
         self.generations += change
-        self.most_generations = max(self.most_generations, self.generations)
-        self.most_waiting = max(self.most_waiting, self.scheduler.queue_length)
+        if self.generations > self.most_generations:
+            self.most_generations = self.generations
+        if (waiting := self._engine.scheduler.queue_length) > self.most_waiting:
+            self.most_waiting = waiting
         self.on_change(self)
 
 
