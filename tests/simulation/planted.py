@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import numpy as np
 
 from arealtrio import (
@@ -191,12 +192,7 @@ def _forgets_tokens(original: Any) -> Any:
     def next_segment(generation: Any, *args: Any) -> Any:
         segment = original(generation, *args)
         if generation.failovers and generation.count:
-            return type(segment)(
-                **{
-                    **{name: getattr(segment, name) for name in segment.__dataclass_fields__},
-                    "token_ids": generation.request.input_ids,
-                }
-            )
+            return msgspec.structs.replace(segment, token_ids=generation.request.input_ids)
         return segment
 
     return next_segment
