@@ -55,6 +55,7 @@ class BatchAssembly:
         self._requeue = requeue
         self._recording = recording
         self._is_bounded = is_bounded(config)
+        self._pending_limit = config.pending_limit
         self._stream: BatchStream | None = None
         # For the next stream: groups given back after an epoch's end, and failures nobody was told.
         self._left: list[Group] = []
@@ -138,7 +139,7 @@ class BatchAssembly:
 
     def _prompts_wanted(self, stream: BatchStream) -> int:
         """How many prompts to read now; asking for one at a time would cost a round trip each."""
-        limit = self._config.pending_limit
+        limit = self._pending_limit
         wanted = limit - self._admission.queued
         return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
 

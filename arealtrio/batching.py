@@ -113,7 +113,8 @@ class BatchStream:
     def give_up_places(self) -> int:
         """Remove the places that rejected groups have, and return how many there were."""
         given_up, self.rejected = self.rejected, 0
-        self.places.remove_where(lambda entry: isinstance(entry, RolloutResult))
+        if given_up:
+            self.places.remove_where(lambda entry: isinstance(entry, RolloutResult))
         return given_up
 
     @property

@@ -130,11 +130,12 @@ class _RewardedWorkflow:
         self._gconfig = gconfig
         self._tokenizer = tokenizer
         self._prompt_key = prompt_key
+        self._prompt_name = f"data[{prompt_key!r}]"  # for errors
         self._template_kwargs = dict(template_kwargs or {})
 
     def _prompt_ids(self, data: Mapping[str, Any]) -> Int32Array:
         if self._prompt_key in data:
-            return as_token_ids(data[self._prompt_key], f"data[{self._prompt_key!r}]")
+            return as_token_ids(data[self._prompt_key], self._prompt_name)
         if self._tokenizer is not None and "messages" in data:
             return self._template(data["messages"])
         if self._tokenizer is not None and "prompt" in data:
