@@ -158,8 +158,8 @@ class BatchStream:
 
     def _look_again(self) -> None:
         """Bring ``_oldest`` up to date."""
-        ages = [_age(entry) for entry in self.places if isinstance(entry, Group)]
-        self._oldest = min(ages, default=inf)
+        versions = [entry.head_version for entry in self.places if isinstance(entry, Group)]
+        self._oldest = min((v for v in versions if v is not None), default=inf)
 
     def failed(self, result: RolloutResult) -> None:
         """Keep the record of what settled otherwise, if need be in an older one's place."""

@@ -81,6 +81,7 @@ class RemoteEngine:
         self._warned_of_logprobs = False
         self._rid_stem = secrets.token_hex(12)  # drawn once: the system is asked for it
         self._rid_numbers = itertools.count()
+        self._now = trio.lowlevel.current_clock().current_time
 
     def get_version(self) -> int:
         """The weight version that every server in service has (AReaL's name)."""
@@ -164,7 +165,7 @@ class RemoteEngine:
         """
         origin = Origin(prompt_id or request.session, min_version)
         generation = self._plan(request, origin, request.session or session)
-        started = trio.current_time()
+        started = self._now()
         setbacks = 0  # fail-overs since it last got an answer
         progress = progress or Progress()
         progress.began(generation)
@@ -185,7 +186,7 @@ class RemoteEngine:
         if generation.server is not None:
             self._affinity.follow(generation.session, generation.server)
         self.pool.answered(generation.origin, generation.count)
-        return generation.response(latency_s=trio.current_time() - started)
+        return generation.response(latency_s=self._now() - started)
 
     # --- before anything is sent ---------------------------------------------------------------
 

@@ -305,7 +305,7 @@ class RolloutNursery:
 
     def _oldest(self) -> int:
         """The oldest version that a token consumed now may have."""
-        return self.get_version() - self.config.max_staleness
+        return self.engine.get_version() - self.config.max_staleness
 
     # --- waiting ---------------------------------------------------------------------------------
 

@@ -180,22 +180,24 @@ class RowBuilder:
         """
         if not self._length:
             raise WorkflowError("a row needs at least one token: append a prompt or a response")
-        input_ids, loss_mask, logprobs, versions = self._columns()
+        value = as_reward(reward)
+        columns = vectors.columns(self._parts)
+        plain = not self._experts and not extras and type(self._exact) is bool
+        if columns is not None and plain:  # nearly always
+            return Trajectory.of_columns(columns, value, self._exact)
+        input_ids, loss_mask, logprobs, versions = columns or self._unusual_columns()
         row = Trajectory(
             input_ids=input_ids,
             loss_mask=loss_mask,
             logprobs=logprobs,
             versions=versions,
-            reward=as_reward(reward),
+            reward=value,
             versions_exact=self._exact,
             extras={**self._experts_extra(), **(extras or {})},
         )
         return _with_clean_extras(row)
 
-    def _columns(self) -> tuple[Int32Array, Int32Array, Float32Array, Int32Array]:
-        usual = vectors.columns(self._parts)
-        if usual is not None:
-            return usual
+    def _unusual_columns(self) -> tuple[Int32Array, Int32Array, Float32Array, Int32Array]:
         loss_mask = np.zeros(self._length, dtype=np.int32)
         logprobs = np.zeros(self._length, dtype=np.float32)
         versions = vector_of(PROMPT_VERSION, self._length)

@@ -429,6 +429,24 @@ class Trajectory:
             if array is not given:
                 object.__setattr__(self, name, array)
 
+    @classmethod
+    def of_columns(
+        cls,
+        columns: tuple[Int32Array, Int32Array, Float32Array, Int32Array],
+        reward: float,
+        versions_exact: bool,
+    ) -> Trajectory:
+        """Return a row of what was made for it and needs no look: see ``RowBuilder.build``.
+
+        Args:
+            columns: ``input_ids``, ``loss_mask``, ``logprobs`` and ``versions``, as in the class.
+            reward: A float, finite as a float32.
+            versions_exact: As in the class.
+        """
+        row = object.__new__(cls)
+        _fill_trajectory(row, (*columns, reward, versions_exact, "", 0, {}))
+        return row
+
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
         row = object.__new__(Trajectory)  # not replace(): that would check the arrays once more

@@ -31,7 +31,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 # reward_fn(prompt, completions, prompt_ids, completion_ids, **data), AReaL's signature
 RewardFunction: TypeAlias = Callable[..., float | Awaitable[float | None] | None]
 
-REWARD_ARGUMENTS = ("prompt", "completions", "prompt_ids", "completion_ids")
+REWARD_ARGUMENTS = frozenset(("prompt", "completions", "prompt_ids", "completion_ids"))
 
 FEEDBACK = (
     "The answer is wrong, or it could not be read. Look for the mistake, then answer the question "
@@ -162,12 +162,14 @@ class _RewardedWorkflow:
             warm_up()
 
     async def _reward(self, response: ModelResponse, data: Mapping[str, Any]) -> float | None:
+        if not REWARD_ARGUMENTS.isdisjoint(data):
+            data = {key: value for key, value in data.items() if key not in REWARD_ARGUMENTS}
         result = self.reward_fn(
             self._decode(response.input_tokens),
             self._decode(response.output_tokens),
             response.input_tokens.copy(),  # it may sort them, say, and these are yet to be a row
             response.output_tokens.copy(),
-            **{key: value for key, value in data.items() if key not in REWARD_ARGUMENTS},
+            **data,
         )
         if not isinstance(result, float) and inspect.isawaitable(result):
             result = await result
