@@ -5,11 +5,13 @@ A frozen dataclass refuses assignments, so the ``__init__`` that Python writes f
 that every rollout makes that is most of what they cost.
 """
 
+cimport cython
 from cpython.object cimport Py_TYPE
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from types import MemberDescriptorType
 
 
+@cython.final
 cdef class Filler:
     """Fills the slots of a class's instances, whether or not the class is frozen.
 
