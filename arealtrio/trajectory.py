@@ -85,20 +85,23 @@ class Group:
         members: tuple[tuple[Trajectory, ...], ...],
         member_failures: tuple[Failure, ...] = (),
     ) -> None:
-        if not any(members):
-            raise UsageError(
-                "an accepted group has at least one row; settle it as rejected instead"
-            )
-        # At once, as each rollout makes one; a frozen class lets no field be assigned.
-        vars(self).update(
+        vars(self).update(  # a frozen class lets no field be assigned
             number=number,
             permit_version=permit_version,
             prompt_id=prompt_id,
             task_id=task_id,
             members=members,
             member_failures=member_failures,
-            _span=collate.span([row.versions for rows in members for row in rows]),
         )
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        if not any(self.members):
+            raise UsageError(
+                "an accepted group has at least one row; settle it as rejected instead"
+            )
+        versions = [row.versions for rows in self.members for row in rows]
+        vars(self)["_span"] = collate.span(versions)
 
     @classmethod
     def of(

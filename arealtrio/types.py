@@ -382,9 +382,9 @@ class Trajectory:
                 member_index, extras,
             ),
         )  # fmt: skip
-        self._check()
+        self.__post_init__()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         columns = (self.input_ids, self.loss_mask, self.logprobs, self.versions)
         if not vectors.are_alike(columns, b"iifi"):
             self._make_alike()
