@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arealtrio._core.records import Filler
+from arealtrio.errors import WorkflowError
 from arealtrio.trajectory import Group, RolloutResult
 from arealtrio.types import ModelRequest, ModelResponse, Outcome, Trajectory
 
@@ -139,3 +140,18 @@ def test_what_a_record_is_not_told_is_what_its_fields_say() -> None:
             if isinstance(field.default, (bool, int, float, str, tuple, type(None))):
                 assert getattr(record, field.name) == field.default
     assert row.extras == {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NamedRow(Trajectory):
+    name: str = ""
+
+
+def test_a_class_that_inherits_looks_at_what_it_is_given() -> None:
+    ids, logprobs = np.array([1], dtype=np.int32), np.array([-1], dtype=np.float32)
+    given: dict[str, Any] = {"input_ids": ids, "loss_mask": ids, "logprobs": logprobs}
+    assert NamedRow(**given, versions=ids, reward=1.0, name="n").name == "n"
+    with pytest.raises(WorkflowError, match="reward"):
+        NamedRow(**given, versions=ids, reward=float("nan"))
+    with pytest.raises(WorkflowError, match="versions"):
+        NamedRow(**given, versions=[0.5], reward=1.0)
