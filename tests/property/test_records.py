@@ -154,4 +154,4 @@ def test_a_class_that_inherits_looks_at_what_it_is_given() -> None:
     with pytest.raises(WorkflowError, match="reward"):
         NamedRow(**given, versions=ids, reward=float("nan"))
     with pytest.raises(WorkflowError, match="versions"):
-        NamedRow(**given, versions=logprobs / 2, reward=1.0)
+        NamedRow(**{**given, "versions": [0.5]}, reward=1.0)
