@@ -10,7 +10,7 @@ from pathlib import Path
 
 import arealtrio
 
-ISLANDS = {"answers", "collate", "counters", "heap", "logprobs", "vectors"}
+ISLANDS = {"answers", "collate", "counters", "heap", "logprobs", "records", "vectors"}
 # Modules for those who have more than the wheel asks for; nothing else may need it.
 GUESTS = {
     "arealtrio.simulate.figure": "matplotlib",

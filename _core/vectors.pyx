@@ -18,13 +18,15 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
-from libc.stdint cimport INT32_MAX, int32_t
+from libc.stdint cimport INT32_MAX, INT32_MIN, int32_t
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
 cdef object ndarray = np.ndarray
 cdef object empty = np.empty
 cdef object INT32 = np.dtype(np.int32)
+cdef object FLOAT32 = np.dtype(np.float32)
 
 cdef int READ = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT
 cdef Py_ssize_t WORD = 4  # bytes of an int32 and of a float32
@@ -136,6 +138,32 @@ def are_alike(tuple vectors not None, bytes kinds not None):
     return True
 
 
+def largest(values):
+    """Return the largest value.
+
+    Args:
+        values: int32, a C-contiguous vector.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is empty.
+    """
+    cdef Py_buffer view
+    cdef int32_t found = INT32_MIN
+    cdef Py_ssize_t i, size
+    cdef const int32_t* at
+    if not open_vector(values, c"i", &view):
+        refuse("int32")
+    at = <const int32_t*> view.buf
+    size = view.len // WORD
+    for i in range(size):
+        found = max(found, at[i])
+    PyBuffer_Release(&view)
+    if size == 0:
+        raise ValueError("an empty vector has no largest value")
+    return found
+
+
 def has_nan(values):
     """Say whether a value is no number.
 
@@ -181,3 +209,71 @@ def ascends(values, int32_t least):
         least = at[i]
     PyBuffer_Release(&view)
     return not falls
+
+
+cdef object fresh(Py_ssize_t size, object dtype, void** at):
+    """An array, and where its memory begins, for as long as it is held."""
+    cdef object array = empty(size, dtype)
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_WRITABLE)
+    at[0] = view.buf
+    PyBuffer_Release(&view)
+    return array
+
+
+cdef Py_ssize_t copy_of(object value, char kind, void* to, Py_ssize_t room) except -2:
+    """How many values of a usual vector were copied; -1 of anything else, or beyond the room."""
+    cdef Py_buffer view
+    cdef Py_ssize_t size
+    if type(value) is not ndarray or not open_vector(value, kind, &view):
+        return -1
+    size = view.len // WORD
+    if size <= room:
+        memcpy(to, view.buf, view.len)
+    PyBuffer_Release(&view)
+    return size if size <= room else -1
+
+
+def columns(list parts not None):
+    """Lay the parts of a row end to end.
+
+    Args:
+        parts: Of each its token ids, and the logprobs and versions of a model that made them: two
+            vectors of as many, or None and None where no model did.
+
+    Returns:
+        Four fresh vectors of one length: ids, 1 for each token that a model made and 0 for others,
+        logprobs (0 of others) and versions (-1 of others). None unless every vector is a C-contiguous
+        NumPy vector, of float32 the logprobs and of int32 the rest.
+    """
+    cdef Py_ssize_t size = 0, at = 0, count, i
+    cdef int32_t* ids
+    cdef int32_t* mask
+    cdef float* logprobs
+    cdef int32_t* versions
+    cdef bint made
+    for tokens, _, _ in parts:
+        size += len(tokens)
+    result = (
+        fresh(size, INT32, <void**> &ids),
+        fresh(size, INT32, <void**> &mask),
+        fresh(size, FLOAT32, <void**> &logprobs),
+        fresh(size, INT32, <void**> &versions),
+    )
+    for tokens, told, by in parts:
+        count = copy_of(tokens, c"i", &ids[at], size - at)
+        if count < 0:
+            return None
+        made = told is not None
+        for i in range(at, at + count):
+            mask[i] = made
+        if made:
+            if copy_of(told, c"f", &logprobs[at], count) != count:
+                return None
+            if copy_of(by, c"i", &versions[at], count) != count:
+                return None
+        else:
+            memset(&logprobs[at], 0, count * WORD)
+            memset(&versions[at], 0xFF, count * WORD)  # -1
+        at += count
+    return result if at == size else None

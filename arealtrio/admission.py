@@ -117,6 +117,8 @@ class Admission:
         Args:
             engine: That it is to generate with.
         """
+        if self.running_members >= self._eval_slots:  # of which there are no fewer than others
+            return None
         if not self._starting and not ((self._queue or self._eval_queue) and self._admit()):
             return None
         group = self._starting[0]

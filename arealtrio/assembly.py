@@ -55,6 +55,8 @@ class BatchAssembly:
         self._requeue = requeue
         self._recording = recording
         self._is_bounded = is_bounded(config)
+        self._pending_limit = config.pending_limit
+        self._wanted_least = max(1, self._pending_limit // 4)  # each question costs a round trip
         self._stream: BatchStream | None = None
         # For the next stream: groups given back after an epoch's end, and failures nobody was told.
         self._left: list[Group] = []
@@ -137,10 +139,9 @@ class BatchAssembly:
                 raise budget.take_error()
 
     def _prompts_wanted(self, stream: BatchStream) -> int:
-        """How many prompts to read now; asking for one at a time would cost a round trip each."""
-        limit = self._config.pending_limit
-        wanted = limit - self._admission.queued
-        return wanted if wanted >= max(1, limit // 4) and not stream.feed.exhausted else 0
+        """How many prompts to read now; not a few at a time."""
+        wanted = self._pending_limit - self._admission.queued
+        return wanted if wanted >= self._wanted_least and not stream.feed.exhausted else 0
 
     def _end_stream(self, stream: BatchStream, version: int) -> Batch:
         """End an epoch with an empty batch. What failed since the last one is told in the next.

@@ -113,7 +113,8 @@ class BatchStream:
     def give_up_places(self) -> int:
         """Remove the places that rejected groups have, and return how many there were."""
         given_up, self.rejected = self.rejected, 0
-        self.places.remove_where(lambda entry: isinstance(entry, RolloutResult))
+        if given_up:
+            self.places.remove_where(lambda entry: isinstance(entry, RolloutResult))
         return given_up
 
     @property
@@ -157,8 +158,8 @@ class BatchStream:
 
     def _look_again(self) -> None:
         """Bring ``_oldest`` up to date."""
-        ages = [_age(entry) for entry in self.places if isinstance(entry, Group)]
-        self._oldest = min(ages, default=inf)
+        versions = [entry.head_version for entry in self.places if isinstance(entry, Group)]
+        self._oldest = min((v for v in versions if v is not None), default=inf)
 
     def failed(self, result: RolloutResult) -> None:
         """Keep the record of what settled otherwise, if need be in an older one's place."""

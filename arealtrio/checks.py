@@ -130,6 +130,8 @@ def text(name: str, value: object, *, error: type[ArealTrioError] = ConfigError)
     Raises:
         ArealTrioError: ``error``, if it is another type, or holds half of a surrogate pair.
     """
+    if type(value) is str and value.isascii():
+        return value
     if not isinstance(value, str):
         raise error(f"{name} must be text, not {shown(value)}")
     try:

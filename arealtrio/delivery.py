@@ -97,8 +97,9 @@ class DeliveryQueue(Generic[T]):
         return bisect_left(self._entries, frontier, key=_by_number)
 
     def has_ready(self, count: int) -> bool:
-        """Whether at least ``count`` entries may leave now."""
-        return len(self._entries) >= count and self.ready >= count
+        """Whether at least ``count`` entries, of which there is one or more, may leave now."""
+        entries = self._entries
+        return len(entries) >= count and _by_number(entries[count - 1]) < self._order.frontier
 
     def put(self, entry: T) -> None:
         """Add an entry that settled, or give back one that was not delivered."""

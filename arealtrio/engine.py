@@ -8,6 +8,7 @@ told to abort gives back what it has, and the loop goes on from there.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
+from ._core import vectors
 from .affinity import Affinity
 from .config import RolloutConfig
 from .errors import (
@@ -77,6 +79,9 @@ class RemoteEngine:
         self._limits = config.segment_limits()
         self._limits_of_streams = config.segment_limits(streamed=True)
         self._warned_of_logprobs = False
+        self._rid_stem = secrets.token_hex(12)  # drawn once: the system is asked for it
+        self._rid_numbers = itertools.count()
+        self._now = trio.lowlevel.current_clock().current_time
 
     def get_version(self) -> int:
         """The weight version that every server in service has (AReaL's name)."""
@@ -160,7 +165,7 @@ class RemoteEngine:
         """
         origin = Origin(prompt_id or request.session, min_version)
         generation = self._plan(request, origin, request.session or session)
-        started = trio.current_time()
+        started = self._now()
         setbacks = 0  # fail-overs since it last got an answer
         progress = progress or Progress()
         progress.began(generation)
@@ -181,7 +186,7 @@ class RemoteEngine:
         if generation.server is not None:
             self._affinity.follow(generation.session, generation.server)
         self.pool.answered(generation.origin, generation.count)
-        return generation.response(latency_s=trio.current_time() - started)
+        return generation.response(latency_s=self._now() - started)
 
     # --- before anything is sent ---------------------------------------------------------------
 
@@ -199,14 +204,20 @@ class RemoteEngine:
         if gconfig.return_routed_experts:
             self._check_experts()
         budget = self._budget(len(prompt), gconfig)
-        return Generation(request, request.rid or secrets.token_hex(16), budget, origin, session)
+        return Generation(request, request.rid or self._fresh_rid(), budget, origin, session)
+
+    def _fresh_rid(self) -> str:
+        """An id that no other request has, of this engine or of another; all are of one length."""
+        return f"{self._rid_stem}{next(self._rid_numbers):010x}"
 
     def _check_vocabulary(self, prompt: Int32Array) -> None:
         size = self.config.vocab_size or self.pool.fleet.smallest("vocab_size")
-        if size is not None and len(prompt) and int(prompt.max()) >= size:
+        if size is None or not len(prompt):
+            return
+        largest = vectors.largest(prompt)
+        if largest >= size:
             raise InvalidRequest(
-                f"the prompt holds the token id {int(prompt.max())}, "
-                f"but the vocabulary ends at {size - 1}"
+                f"the prompt holds the token id {largest}, but the vocabulary ends at {size - 1}"
             )
 
     def _check_logprobs(self, gconfig: GenerationHyperparameters) -> None:
@@ -254,7 +265,6 @@ class RemoteEngine:
 
     async def _run_on_one_server(self, generation: Generation) -> None:
         """Run segments in one slot until the answer ends, or goes on elsewhere."""
-        asked = trio.current_time()
         with await self.pool.lease(
             exclude=generation.failed_on,
             min_version=generation.lowest_admissible_version,
@@ -262,7 +272,7 @@ class RemoteEngine:
             at_head=generation.under_way,
             origin=generation.origin,
         ) as lease:
-            generation.wait_s += trio.current_time() - asked
+            generation.wait_s += lease.waited_s
             if not generation.under_way:
                 self._affinity.settle(generation.session, lease.server.address)
             while await self._run_segment(generation, lease) and self._stays(generation, lease):

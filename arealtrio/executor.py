@@ -10,6 +10,7 @@ import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
@@ -392,10 +393,10 @@ class WorkflowExecutor(ServerFace):
 
     async def next_step(self, stream: BatchStream) -> Batch | int:
         """Wait until the stream wants prompts (how many), or has a batch (empty: it has ended)."""
-        return await self._wait_until(lambda: self._step(stream))
+        return await self._wait_until(partial(self._step, stream))
 
     def _step(self, stream: BatchStream) -> Batch | int | None:
-        version = self.get_version()
+        version = self.engine.get_version()
         self._discard_outdated(version)
         return self._assembly.step(stream, version)
 

@@ -89,14 +89,14 @@ class GroupTask:
     prompt_id: str = field(init=False)  # as the data loader named it, else the task's id
     to_start: tuple[int, ...] = field(init=False)  # indices of members
     running: dict[int, RolloutEngine] = field(default_factory=dict)  # by index
-    rows: tuple[tuple[Trajectory, ...], ...] = field(init=False)  # of each that succeeded
+    rows: list[tuple[Trajectory, ...]] = field(init=False)  # of each that succeeded
     member_failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         named = self.data.get("prompt_id")
         self.prompt_id = self.task_id if named is None else str(named)
         self.to_start = ONE_MEMBER if self.size == 1 else tuple(range(self.size))
-        self.rows = ((),) * self.size
+        self.rows = [()] * self.size
 
     def __str__(self) -> str:
         return f"{self.task_id} (prompt {self.prompt_id})"
@@ -134,8 +134,7 @@ class GroupTask:
         """
         if result is None:
             return REJECTED
-        rows = rows_from_result(result)
-        self.rows = (*self.rows[:index], rows, *self.rows[index + 1 :])
+        self.rows[index] = rows_from_result(result)
         return ACCEPTED
 
     def member_ended(self, index: int, verdict: Verdict) -> None:
@@ -170,7 +169,7 @@ class GroupTask:
         """Forget what its members did; all of them are to be run once more."""
         self.verdict, self.stopped = ACCEPTED, False
         self.lost = self.replaced = 0
-        self.rows = ((),) * self.size
+        self.rows = [()] * self.size
         self.to_start = tuple(range(self.size))
 
     def accepted(self) -> Group:

@@ -26,14 +26,16 @@ class HeldSlot:
     Args:
         queue: Where it came from.
         slot: The policy's own handle.
+        waited_s: Seconds that it was waited for.
     """
 
-    __slots__ = ("_queue", "_slot", "address")
+    __slots__ = ("_queue", "_slot", "address", "waited_s")
 
-    def __init__(self, queue: LeaseQueue, slot: Slot) -> None:
+    def __init__(self, queue: LeaseQueue, slot: Slot, waited_s: float) -> None:
         self._queue = queue
         self._slot: Slot | None = slot
         self.address = slot.server
+        self.waited_s = waited_s
 
     @property
     def released(self) -> bool:
@@ -122,14 +124,16 @@ class LeaseQueue:
         if self._closed:
             raise RolloutClosed("the server pool is closed")
         slot = self._take(exclude, min_version, prefer)
-        if slot is None:
-            waiter = Waiter(trio.lowlevel.current_task(), exclude, min_version)
-            if at_head:
-                self._line.enter_at_head(waiter)
-            else:
-                self._line.enter(waiter, origin)
-            slot = await self._park(waiter)
-        return HeldSlot(self, slot)
+        if slot is not None:
+            return HeldSlot(self, slot, 0.0)
+        waiter = Waiter(trio.lowlevel.current_task(), exclude, min_version)
+        if at_head:
+            self._line.enter_at_head(waiter)
+        else:
+            self._line.enter(waiter, origin)
+        began = trio.current_time()
+        slot = await self._park(waiter)
+        return HeldSlot(self, slot, trio.current_time() - began)
 
     def _take(self, exclude: frozenset[str], min_version: int, prefer: str | None) -> Slot | None:
         return self.policy.acquire(exclude=self._barred(exclude, min_version), prefer=prefer)

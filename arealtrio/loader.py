@@ -74,7 +74,7 @@ class LoaderFeed:
         except StopIteration:
             self._ended = True
             return
-        if isinstance(item, Mapping):
+        if type(item) is dict or isinstance(item, Mapping):
             self._ahead.append(_whole(item))
         elif isinstance(item, Sequence) and all(isinstance(prompt, Mapping) for prompt in item):
             self._ahead.extend(map(_whole, item))

@@ -78,6 +78,7 @@ class RolloutNursery:
         self._alarm = StallAlarm(config.stall_warning_s, lambda: str(self.status()))
         nursery.start_soon(self._alarm.run, name="stall alarm")
         self._is_bounded = is_bounded(config)
+        self._stops_stragglers = config.straggler_policy in ("requeue", "drop")
         self._watch: StepWatch | None = None
 
     @property
@@ -286,6 +287,8 @@ class RolloutNursery:
 
     def _stop_stragglers(self) -> None:
         """Cancel what runs and can no longer be in time, where the policy is not to wait for it."""
+        if not self._stops_stragglers:
+            return
         version = self.get_version()
         for group in [group for group in self._live.values() if self._is_straggler(group)]:
             assert group.permit is not None
@@ -296,13 +299,13 @@ class RolloutNursery:
 
     def _is_straggler(self, group: GroupTask) -> bool:
         """Whether a group is not waited for any more."""
-        if group.permit is None or self.config.straggler_policy not in ("requeue", "drop"):
+        if group.permit is None or not self._stops_stragglers:
             return False
         return group.permit.version < self._oldest()
 
     def _oldest(self) -> int:
         """The oldest version that a token consumed now may have."""
-        return self.get_version() - self.config.max_staleness
+        return self.engine.get_version() - self.config.max_staleness
 
     # --- waiting ---------------------------------------------------------------------------------
 

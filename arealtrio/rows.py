@@ -14,6 +14,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ._core import vectors
 from .checks import shown
 from .errors import InvalidRequest, WorkflowError
 from .types import (
@@ -107,9 +108,8 @@ class RowBuilder:
     """
 
     def __init__(self) -> None:
-        self._ids: list[Int32Array] = []
-        # What a model made, and where it is in the row; everything else is masked.
-        self._made: list[tuple[slice, Float32Array, Int32Array]] = []
+        # Ids in the order of the row, with the logprobs and versions of what a model made.
+        self._parts: list[tuple[Int32Array, Float32Array | None, Int32Array | None]] = []
         self._experts: list[IntegerArray] = []  # of the first tokens, as far as they were told
         self._length = 0
         self._exact = True
@@ -121,7 +121,9 @@ class RowBuilder:
     @property
     def input_ids(self) -> Int32Array:
         """int32[T], the tokens so far: what the next request's ``input_ids`` must be."""
-        return np.concatenate(self._ids) if self._ids else np.empty(0, dtype=np.int32)
+        if not self._parts:
+            return np.empty(0, dtype=np.int32)
+        return np.concatenate([ids for ids, _, _ in self._parts])
 
     def append_prompt(self, token_ids: TokenIds) -> Self:
         """Append tokens that no model made: masked 0, logprob 0, version -1.
@@ -132,7 +134,7 @@ class RowBuilder:
         Raises:
             InvalidRequest: If they are no token ids.
         """
-        self._append(as_token_ids(token_ids, "prompt tokens").copy())
+        self._append(as_token_ids(token_ids, "prompt tokens").copy(), None, None)
         return self
 
     def append_response(self, response: ModelResponse) -> Self:
@@ -149,10 +151,7 @@ class RowBuilder:
         self._check(response)
         if not self._length:
             self.append_prompt(response.input_tokens)
-        start = self._length
-        self._append(response.output_tokens)
-        where = slice(start, self._length)
-        self._made.append((where, response.output_logprobs, response.output_versions))
+        self._append(response.output_tokens, response.output_logprobs, response.output_versions)
         self._exact = self._exact and response.versions_exact
         self._append_experts(response.routed_experts)
         return self
@@ -181,23 +180,35 @@ class RowBuilder:
         """
         if not self._length:
             raise WorkflowError("a row needs at least one token: append a prompt or a response")
-        loss_mask = np.zeros(self._length, dtype=np.int32)
-        logprobs = np.zeros(self._length, dtype=np.float32)
-        versions = vector_of(PROMPT_VERSION, self._length)
-        for where, made_logprobs, made_versions in self._made:
-            loss_mask[where] = 1
-            logprobs[where] = made_logprobs
-            versions[where] = made_versions
+        value = as_reward(reward)
+        columns = vectors.columns(self._parts)
+        plain = not self._experts and not extras and type(self._exact) is bool
+        if columns is not None and plain:  # nearly always
+            return Trajectory.of_columns(columns, value, self._exact)
+        input_ids, loss_mask, logprobs, versions = columns or self._unusual_columns()
         row = Trajectory(
-            input_ids=self.input_ids,
+            input_ids=input_ids,
             loss_mask=loss_mask,
             logprobs=logprobs,
             versions=versions,
-            reward=as_reward(reward),
+            reward=value,
             versions_exact=self._exact,
             extras={**self._experts_extra(), **(extras or {})},
         )
         return _with_clean_extras(row)
+
+    def _unusual_columns(self) -> tuple[Int32Array, Int32Array, Float32Array, Int32Array]:
+        loss_mask = np.zeros(self._length, dtype=np.int32)
+        logprobs = np.zeros(self._length, dtype=np.float32)
+        versions = vector_of(PROMPT_VERSION, self._length)
+        end = 0
+        for ids, made_logprobs, made_versions in self._parts:
+            start, end = end, end + len(ids)
+            if made_logprobs is not None and made_versions is not None:
+                loss_mask[start:end] = 1
+                logprobs[start:end] = made_logprobs
+                versions[start:end] = made_versions
+        return self.input_ids, loss_mask, logprobs, versions
 
     def _experts_extra(self) -> dict[str, IntegerArray]:
         if not self._experts:
@@ -217,8 +228,10 @@ class RowBuilder:
                 f"row's {self._length}: send the builder's input_ids as the request's"
             )
 
-    def _append(self, ids: Int32Array) -> None:
-        self._ids.append(ids)
+    def _append(
+        self, ids: Int32Array, logprobs: Float32Array | None, versions: Int32Array | None
+    ) -> None:
+        self._parts.append((ids, logprobs, versions))
         self._length += len(ids)
 
 

@@ -83,6 +83,11 @@ class Lease:
         self.adapter_version: int | None = None
         self.labelled = self.server.labelled
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that its request waited for the slot."""
+        return self._slot.waited_s
+
     def release(self) -> None:
         """Give the slot back.
 

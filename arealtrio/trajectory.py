@@ -6,7 +6,7 @@ The rows themselves are built in ``rows``, and its names are public here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import collate
+from ._core.records import Filler
 from .checks import integer, one_of
 from .errors import UsageError, WorkflowError
 from .rows import RowBuilder, check_extra_names, rows_from_result, trajectory_from_response
@@ -74,13 +75,33 @@ class Group:
     member_failures: tuple[Failure, ...] = ()
     _span: tuple[int, int] | None = field(init=False, repr=False)  # of its generated tokens
 
+    def __init__(
+        self,
+        *,
+        number: int,
+        permit_version: int,
+        prompt_id: str,
+        task_id: str,
+        members: tuple[tuple[Trajectory, ...], ...],
+        member_failures: tuple[Failure, ...] = (),
+    ) -> None:
+        vars(self).update(  # a frozen class lets no field be assigned
+            number=number,
+            permit_version=permit_version,
+            prompt_id=prompt_id,
+            task_id=task_id,
+            members=members,
+            member_failures=member_failures,
+        )
+        self.__post_init__()
+
     def __post_init__(self) -> None:
         if not any(self.members):
             raise UsageError(
                 "an accepted group has at least one row; settle it as rejected instead"
             )
         versions = [row.versions for rows in self.members for row in rows]
-        object.__setattr__(self, "_span", collate.span(versions))
+        vars(self)["_span"] = collate.span(versions)
 
     @classmethod
     def of(
@@ -213,6 +234,22 @@ class RolloutResult:
     failure: Failure | None = None
     member_failures: tuple[Failure, ...] = ()
     number: int | None = None
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        prompt_id: str,
+        outcome: Outcome,
+        group: Group | None = None,
+        failure: Failure | None = None,
+        member_failures: tuple[Failure, ...] = (),
+        number: int | None = None,
+    ) -> None:
+        _fill_result(self, (task_id, prompt_id, outcome, group, failure, member_failures, number))
+
+
+_fill_result = Filler(RolloutResult, [field.name for field in fields(RolloutResult)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,7 +4,9 @@ Shapes: ``P`` prompt tokens, ``N`` generated tokens, ``T = P + N`` (more over se
 Token ids and versions are int32, logprobs float32, masks int32.
 
 What a user handles is a dataclass. What only rooms hand each other, several for every answer, is a
-``msgspec.Struct``: a frozen dataclass takes ten times as long to make.
+``msgspec.Struct``: a frozen dataclass takes ten times as long to make. Those of the dataclasses
+that every rollout makes have their ``__init__`` written out, to fill all slots in one call: what
+``dataclass`` writes takes twice as long.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
 from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._core import vectors
+from ._core.records import Filler
 from .checks import finite, flag, integer, items, shown, text
 from .errors import ConfigError, InvalidRequest, WorkflowError
 
@@ -217,18 +219,20 @@ class ModelRequest:
         messages: Sequence[Mapping[str, Any]] = (),
         tokenizer: object = None,  # noqa: ARG002
     ) -> None:
-        object.__setattr__(self, "input_ids", as_token_ids(input_ids))
+        ids = as_token_ids(input_ids)
         if gconfig is not None and not isinstance(gconfig, GenerationHyperparameters):
             raise InvalidRequest(f"gconfig must be GenerationHyperparameters, not {shown(gconfig)}")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise InvalidRequest(f"metadata must be a mapping, not {shown(metadata)}")
-        object.__setattr__(self, "gconfig", gconfig or GenerationHyperparameters())
-        object.__setattr__(self, "rid", text("rid", rid, error=InvalidRequest))
+        rid = text("rid", rid, error=InvalidRequest)
         if session is not None:
             text("session", session, error=InvalidRequest)
-        object.__setattr__(self, "session", session)
-        object.__setattr__(self, "metadata", dict(metadata or {}))
-        object.__setattr__(self, "messages", _as_messages(messages))
+        kept, chat = dict(metadata or {}), _as_messages(messages)
+        _fill_request(self, (ids, gconfig or _DEFAULTS, rid, session, kept, chat))
+
+
+_DEFAULTS = GenerationHyperparameters()
+_fill_request = Filler(ModelRequest, [field.name for field in fields(ModelRequest)])
 
 
 def _as_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
@@ -290,6 +294,29 @@ class ModelResponse:
     latency_s: float = 0.0
     wait_s: float = 0.0
 
+    def __init__(
+        self,
+        *,
+        rid: str,
+        input_tokens: Int32Array,
+        output_tokens: Int32Array,
+        output_logprobs: Float32Array,
+        output_versions: Int32Array,
+        stop_reason: StopReason,
+        versions_exact: bool = True,
+        segments: tuple[Segment, ...] = (),
+        routed_experts: IntegerArray | None = None,
+        latency_s: float = 0.0,
+        wait_s: float = 0.0,
+    ) -> None:
+        _fill_response(
+            self,
+            (
+                rid, input_tokens, output_tokens, output_logprobs, output_versions, stop_reason,
+                versions_exact, segments, routed_experts, latency_s, wait_s,
+            ),
+        )  # fmt: skip
+
     @property
     def input_len(self) -> int:
         """P, the number of prompt tokens."""
@@ -299,6 +326,9 @@ class ModelResponse:
     def output_len(self) -> int:
         """N, the number of generated tokens."""
         return len(self.output_tokens)
+
+
+_fill_response = Filler(ModelResponse, [field.name for field in fields(ModelResponse)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -315,7 +345,7 @@ class Trajectory:
         prompt_id: Of the prompt in its data loader; filled in by the executor.
         member_index: Of this row's rollout in its group; filled in by the executor.
         extras: Further float32 or int32 vectors of length T, or matrices of T rows in a dtype of
-            their own (``routed_experts``), collated under their own names.
+            their own (``routed_experts``), collated under their own names. None: there are none.
 
     Raises:
         WorkflowError: A value is of another type, length or range.
@@ -330,6 +360,29 @@ class Trajectory:
     prompt_id: str = ""
     member_index: int = 0
     extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        *,
+        input_ids: Int32Array,
+        loss_mask: Int32Array,
+        logprobs: Float32Array,
+        versions: Int32Array,
+        reward: float,
+        versions_exact: bool = True,
+        prompt_id: str = "",
+        member_index: int = 0,
+        extras: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
+        extras = {} if extras is None else extras
+        _fill_trajectory(
+            self,
+            (
+                input_ids, loss_mask, logprobs, versions, reward, versions_exact, prompt_id,
+                member_index, extras,
+            ),
+        )  # fmt: skip
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         columns = (self.input_ids, self.loss_mask, self.logprobs, self.versions)
@@ -346,16 +399,21 @@ class Trajectory:
                     f"a trajectory's extra {shown(name)} must be as long as its input_ids: a "
                     "vector, or a matrix with a row for each"
                 )
-        reward = finite("a trajectory's reward", self.reward, error=WorkflowError)
-        if abs(reward) > FLOAT32_MAX:
-            raise WorkflowError("a trajectory's reward must be finite as a float32")
-        if reward is not self.reward:
-            object.__setattr__(self, "reward", reward)
+        if type(self.reward) is not float or not abs(self.reward) <= FLOAT32_MAX:
+            self._check_reward()
         flag("a trajectory's versions_exact", self.versions_exact, error=WorkflowError)
         text("a trajectory's prompt_id", self.prompt_id, error=WorkflowError)
         index = integer("a trajectory's member_index", self.member_index, 0, error=WorkflowError)
         if index is not self.member_index:
             object.__setattr__(self, "member_index", index)
+
+    def _check_reward(self) -> None:
+        """Turn what a workflow gave into a reward, or say why it is none."""
+        reward = finite("a trajectory's reward", self.reward, error=WorkflowError)
+        if abs(reward) > FLOAT32_MAX:
+            raise WorkflowError("a trajectory's reward must be finite as a float32")
+        if reward is not self.reward:
+            object.__setattr__(self, "reward", reward)
 
     def _make_alike(self) -> None:
         """Turn what a workflow gave into the four columns, or say which of them is none."""
@@ -371,13 +429,34 @@ class Trajectory:
             if array is not given:
                 object.__setattr__(self, name, array)
 
+    @classmethod
+    def of_columns(
+        cls,
+        columns: tuple[Int32Array, Int32Array, Float32Array, Int32Array],
+        reward: float,
+        versions_exact: bool,
+    ) -> Trajectory:
+        """Return a row of what was made for it and needs no look: see ``RowBuilder.build``.
+
+        Args:
+            columns: ``input_ids``, ``loss_mask``, ``logprobs`` and ``versions``, as in the class.
+            reward: A float, finite as a float32.
+            versions_exact: As in the class.
+        """
+        row = object.__new__(cls)
+        _fill_trajectory(row, (*columns, reward, versions_exact, "", 0, {}))
+        return row
+
     def of_member(self, prompt_id: str, member_index: int) -> Trajectory:
         """Return the same row with its origin filled in. Its arrays are shared and checked."""
         row = object.__new__(Trajectory)  # not replace(): that would check the arrays once more
-        for fill, value in zip(_FILL_OTHERS, _others_of(self), strict=True):
-            fill(row, value)
-        _fill_prompt_id(row, prompt_id)
-        _fill_member_index(row, member_index)
+        _fill_trajectory(
+            row,
+            (
+                self.input_ids, self.loss_mask, self.logprobs, self.versions, self.reward,
+                self.versions_exact, prompt_id, member_index, self.extras,
+            ),
+        )  # fmt: skip
         return row
 
     def __len__(self) -> int:
@@ -423,16 +502,13 @@ def _vector(name: str, value: object, dtype: type[np.generic]) -> npt.NDArray[An
     return cast
 
 
-_OTHERS = tuple(f.name for f in fields(Trajectory) if f.name not in ("prompt_id", "member_index"))
-_others_of = attrgetter(*_OTHERS)
-_FILL_OTHERS = tuple(getattr(Trajectory, name).__set__ for name in _OTHERS)
-_fill_prompt_id = Trajectory.__dict__["prompt_id"].__set__
-_fill_member_index = Trajectory.__dict__["member_index"].__set__
+_fill_trajectory = Filler(Trajectory, [field.name for field in fields(Trajectory)])
 
 
 class Outcome(enum.Enum):
     """How a group settled: exactly one of these, exactly once."""
 
+    __hash__ = object.__hash__  # each is one object; Enum's own is written in Python
     ACCEPTED = "accepted"
     REJECTED = "rejected"  # the workflow returned None, or the filter said no
     FAILED = "failed"  # with its exception, classed by FailureKind

@@ -31,7 +31,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 # reward_fn(prompt, completions, prompt_ids, completion_ids, **data), AReaL's signature
 RewardFunction: TypeAlias = Callable[..., float | Awaitable[float | None] | None]
 
-REWARD_ARGUMENTS = ("prompt", "completions", "prompt_ids", "completion_ids")
+REWARD_ARGUMENTS = frozenset(("prompt", "completions", "prompt_ids", "completion_ids"))
 
 FEEDBACK = (
     "The answer is wrong, or it could not be read. Look for the mistake, then answer the question "
@@ -130,11 +130,12 @@ class _RewardedWorkflow:
         self._gconfig = gconfig
         self._tokenizer = tokenizer
         self._prompt_key = prompt_key
+        self._prompt_name = f"data[{prompt_key!r}]"  # for errors
         self._template_kwargs = dict(template_kwargs or {})
 
     def _prompt_ids(self, data: Mapping[str, Any]) -> Int32Array:
         if self._prompt_key in data:
-            return as_token_ids(data[self._prompt_key], f"data[{self._prompt_key!r}]")
+            return as_token_ids(data[self._prompt_key], self._prompt_name)
         if self._tokenizer is not None and "messages" in data:
             return self._template(data["messages"])
         if self._tokenizer is not None and "prompt" in data:
@@ -161,12 +162,14 @@ class _RewardedWorkflow:
             warm_up()
 
     async def _reward(self, response: ModelResponse, data: Mapping[str, Any]) -> float | None:
+        if not REWARD_ARGUMENTS.isdisjoint(data):
+            data = {key: value for key, value in data.items() if key not in REWARD_ARGUMENTS}
         result = self.reward_fn(
             self._decode(response.input_tokens),
             self._decode(response.output_tokens),
             response.input_tokens.copy(),  # it may sort them, say, and these are yet to be a row
             response.output_tokens.copy(),
-            **{key: value for key, value in data.items() if key not in REWARD_ARGUMENTS},
+            **data,
         )
         if not isinstance(result, float) and inspect.isawaitable(result):
             result = await result

@@ -15,3 +15,18 @@ def plain_has_nan(values: Sequence[float]) -> bool:
 
 def plain_ascends(values: Sequence[int], least: int) -> bool:
     return [least, *values] == sorted([least, *values])
+
+
+def plain_columns(
+    parts: Sequence[tuple[list[int], list[float] | None, list[int] | None]],
+) -> tuple[list[int], list[int], list[float], list[int]]:
+    ids: list[int] = []
+    mask: list[int] = []
+    logprobs: list[float] = []
+    versions: list[int] = []
+    for tokens, told, by in parts:
+        ids += tokens
+        mask += [0 if told is None else 1] * len(tokens)
+        logprobs += [0.0] * len(tokens) if told is None else told
+        versions += [-1] * len(tokens) if by is None else by
+    return ids, mask, logprobs, versions

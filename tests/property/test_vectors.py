@@ -13,11 +13,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from arealtrio._core.vectors import are_alike, ascends, has_nan, token_ids
+from arealtrio._core.vectors import are_alike, ascends, columns, has_nan, largest, token_ids
 from arealtrio.errors import InvalidRequest
 from arealtrio.types import as_token_ids
 
-from ..models.vectors import plain_are_ids, plain_ascends, plain_has_nan
+from ..models.vectors import plain_are_ids, plain_ascends, plain_columns, plain_has_nan
 
 INT32S = st.integers(-(2**31), 2**31 - 1)
 VECTORS = st.lists(INT32S, max_size=40)
@@ -127,6 +127,70 @@ def test_a_column_of_a_subclass_is_not_alike() -> None:
     assert not are_alike((vector(1).view(Subclass),), b"i")
 
 
+Part = tuple[list[int], list[float] | None, list[int] | None]
+
+
+def made(tokens: list[int]) -> st.SearchStrategy[Part]:
+    size = len(tokens)
+    logprobs = st.lists(st.floats(width=32), min_size=size, max_size=size)
+    versions = st.lists(INT32S, min_size=size, max_size=size)
+    return st.tuples(st.just(tokens), logprobs, versions)
+
+
+PROMPTS = st.tuples(VECTORS, st.none(), st.none())
+PARTS = st.lists(PROMPTS | VECTORS.flatmap(made), max_size=4)
+
+
+def arrays_of(part: Part) -> tuple[Any, Any, Any]:
+    tokens, logprobs, versions = part
+    if logprobs is None or versions is None:
+        return vector(*tokens), None, None
+    return vector(*tokens), vector(*logprobs, dtype=np.float32), vector(*versions)
+
+
+@given(PARTS)
+@example([])
+@example([([], None, None), ([], [], [])])
+def test_parts_are_laid_end_to_end(parts: list[Part]) -> None:
+    found = columns([arrays_of(part) for part in parts])
+    assert found is not None
+    assert [column.dtype for column in found] == [np.int32, np.int32, np.float32, np.int32]
+    for column, expected in zip(found, plain_columns(parts), strict=True):
+        np.testing.assert_array_equal(column, expected)
+
+
+def test_columns_are_fresh() -> None:
+    ids, logprobs = vector(1, 2), vector(0, 0, dtype=np.float32)
+    found = columns([(ids, logprobs, ids)])
+    assert found is not None
+    assert not any(np.shares_memory(column, given) for column in found for given in (ids, logprobs))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        (vector(1, 2), vector(0, dtype=np.float32), vector(1, 2)),
+        (vector(1, 2), vector(0, 0, dtype=np.float32), vector(1)),
+        (vector(1), vector(0, 0, dtype=np.float32), vector(1, 2)),
+        (vector(1), vector(0), vector(1)),
+        (vector(1), vector(0, dtype=np.float64), vector(1)),
+        (vector(1), vector(0, dtype=np.float32), None),
+        (vector(1, dtype=np.int64), None, None),
+        (vector(1).view(Subclass), None, None),
+        ([1], None, None),
+        (np.zeros((2, 1), dtype=np.int32), None, None),
+    ],
+)
+def test_other_parts_are_left_to_whom_they_are_usual(part: Any) -> None:
+    assert columns([part]) is None
+    assert columns([(vector(1), None, None), part]) is None
+
+
+def test_a_part_is_three_things() -> None:
+    with pytest.raises(ValueError, match="unpack"):
+        columns([(vector(1), None)])  # type: ignore[list-item]
+
+
 # --- looks at values ---------------------------------------------------------------------------
 
 
@@ -147,8 +211,21 @@ def test_a_fall_is_seen(values: list[int], least: int) -> None:
     assert ascends(vector(*values), least) == plain_ascends(values, least)
 
 
+@given(st.lists(INT32S, min_size=1, max_size=40))
+@example([-(2**31)])
+def test_the_largest_is_found(values: list[int]) -> None:
+    assert largest(vector(*values)) == max(values)
+
+
+def test_nothing_is_the_largest_of_none() -> None:
+    with pytest.raises(ValueError, match="empty vector"):
+        largest(vector())
+
+
 @pytest.mark.parametrize("value", UNUSUAL.values(), ids=UNUSUAL)
 def test_only_vectors_are_looked_at(value: Any) -> None:
+    with pytest.raises(TypeError, match="expected a C-contiguous vector of int32"):
+        largest(value)
     with pytest.raises(TypeError, match="expected a C-contiguous vector of int32"):
         ascends(value, 0)
     with pytest.raises(TypeError, match="expected a C-contiguous vector of float32"):
@@ -179,5 +256,8 @@ def test_nothing_is_held_on_to() -> None:
         assert not are_alike((ids,), b"f")
         assert not ascends(ids, 0)
         assert not has_nan(values)
+        assert largest(ids) == 3
+        assert columns([(ids, None, None), (ids, values, ids)]) is None
+        assert columns([(ids, None, None)]) is not None
     assert (sys.getrefcount(ids), sys.getrefcount(values)) == before
     ids.resize(0)  # raises while a buffer is out

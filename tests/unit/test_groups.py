@@ -149,7 +149,7 @@ async def test_a_group_that_begins_again_forgets_what_it_had() -> None:
     assert group.verdict is ACCEPTED
     assert not group.stopped
     assert list(group.to_start) == [0, 1]
-    assert group.rows == ((), ())
+    assert group.rows == [(), ()]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def test_a_response_without_tokens_is_a_row_without_anything_to_learn() -> None:
     assert row.head_version is None
 
 
+def test_a_response_in_other_dtypes_is_the_same_row() -> None:
+    usual = response(ids(5, 6), ids(7, 8, 9), version=3)
+    unusual = replace(
+        usual,
+        output_tokens=usual.output_tokens.astype(np.int64),
+        output_logprobs=usual.output_logprobs.astype(np.float64),
+        output_versions=np.array([3, 0, 3, 0, 3, 0], dtype=np.int32)[::2],
+    )
+    expected, row = (trajectory_from_response(answer, 1) for answer in (usual, unusual))
+    for name in ("input_ids", "loss_mask", "logprobs", "versions"):
+        np.testing.assert_array_equal(getattr(row, name), getattr(expected, name), strict=True)
+
+
 def test_a_row_is_its_own_memory() -> None:
     prompt = ids(1, 2)
     row = trajectory_from_response(response(prompt, ids(3)), 0)
