@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+Handler: TypeAlias = Callable[[Scope, Receive], Coroutine[Any, Any, Response]]
 
 
 class Endpoints:
@@ -53,8 +53,11 @@ class Endpoints:
         return self._handlers.get((method, path))
 
 
-def _alone(endpoint: Handler, handlers: Mapping[Any, Any]) -> Handler:
-    async def respond(request: Request) -> Response:
+def _alone(
+    endpoint: Callable[[Request], Awaitable[Response]], handlers: Mapping[Any, Any]
+) -> Handler:
+    async def respond(scope: Scope, receive: Receive) -> Response:
+        request = Request(scope, receive)
         try:
             return await endpoint(request)
         except Exception as exc:
@@ -69,7 +72,7 @@ def _alone(endpoint: Handler, handlers: Mapping[Any, Any]) -> Handler:
 
 def _app_of(handler: Handler) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await handler(Request(scope, receive))
+        response = await handler(scope, receive)
         await response(scope, receive, send)
 
     return answer

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import trio
-from starlette.requests import Request
 
 from ..embedded.endpoints import Handler
 from ..types import HttpRequest, HttpResponse
@@ -74,7 +73,7 @@ def ask_at_once(
     async def receive() -> Message:
         return {"type": "http.request", "body": request.body, "more_body": False}
 
-    work = handler(Request(_scope(request, headers), receive))
+    work = handler(_scope(request, headers), receive)
     try:
         work.send(None)
     except StopIteration as end:
