@@ -356,6 +356,8 @@ class RolloutConfig:
         And the parts of words: a cookie, or ``Token token="…"``, names its key.
         """
         values = [value for _, value in self.headers_of(server)]
+        if not values:  # nearly always
+            return ()
         words = {word for value in values for word in (*value.split(), *_PARTS(value))}
         return tuple(sorted((w for w in words if len(w) >= SECRET_SIZE), key=len, reverse=True))
 

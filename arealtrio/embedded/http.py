@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import msgspec
 import trio
-from starlette.requests import Request
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -35,13 +37,28 @@ async def read_body(request: Request) -> bytes:
 
     Raises:
         BodyTooLarge: It is above the limit; the rest is left unread.
+        ClientDisconnect: The client has gone before its end.
     """
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
+    raw, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        raw += message.get("body", b"")
         if len(raw) > BODY_LIMIT_BYTES:
             raise BodyTooLarge
+        more = message.get("more_body", False)
     return bytes(raw)
+
+
+def query_of(request: Request) -> QueryParams:
+    """The fields of a query. Clients ask with the same few again and again."""
+    return _parsed_query(request.scope["query_string"])
+
+
+@lru_cache(maxsize=64)
+def _parsed_query(query: bytes) -> QueryParams:
+    return QueryParams(query)
 
 
 def json_bytes(body: Any) -> bytes:

@@ -22,6 +22,7 @@ from .http import (
     detail,
     json_response,
     never_answer,
+    query_of,
     read_body,
     whole_answer,
 )
@@ -141,7 +142,7 @@ class VllmFace:
 
     async def pause(self, request: Request) -> Response:
         """Stop; in mode ``wait`` the answer comes when the running have finished."""
-        mode = request.query_params.get("mode", "abort")
+        mode = query_of(request).get("mode", "abort")
         if mode not in PAUSE_MODES:
             expected = "'abort', 'wait' or 'keep'"
             message = f"Input should be {expected}"
@@ -160,13 +161,13 @@ class VllmFace:
 
     async def sleep(self, request: Request) -> Response:
         """Stop, and forget the cache (there is none)."""
-        level = integer(request.query_params, "level", 1, "query") or 0
+        level = integer(query_of(request), "level", 1, "query") or 0
         await self._engine.sleep()
         return json_response({"status": "sleeping", "level": level})
 
     async def wake_up(self, request: Request) -> Response:
         """End the sleep, or a part of it: it goes on when both parts are awake."""
-        tags = request.query_params.getlist("tags") or None
+        tags = query_of(request).getlist("tags") or None
         self._engine.wake_up(tags)
         return json_response({"status": "awake", "tags": tags})
 
@@ -237,7 +238,7 @@ class VllmFace:
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         """Forget cached prefixes (none exist); running requests go back into the queue if told."""
-        if flag(request.query_params, "reset_running_requests", "query"):
+        if flag(query_of(request), "reset_running_requests", "query"):
             self._engine.retract()
         return json_response({"success": True})
 
@@ -321,7 +322,7 @@ class VllmFace:
             "parallel_config": {"data_parallel_size_local": 1},
             "aux_output_config": {"enable_return_routed_experts": settings.tell_experts},
         }
-        as_json = request.query_params.get("config_format") == "json"
+        as_json = query_of(request).get("config_format") == "json"
         shown = config if as_json else str(config)
         return json_response({"vllm_config": shown, "vllm_env": {}, "system_env": {}})
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import trio
 
+from ..embedded.endpoints import Handler
 from ..types import HttpRequest, HttpResponse
 
 Message: TypeAlias = MutableMapping[str, Any]
@@ -53,6 +54,35 @@ async def ask(
 
     await app(_scope(request, headers), receive, send)
     return HttpResponse(status, answer_headers, bytes(body))
+
+
+def ask_at_once(
+    handler: Handler, request: HttpRequest, headers: Sequence[tuple[str, str]] = ()
+) -> HttpResponse:
+    """Return the whole answer of a handler that waits for nothing.
+
+    Args:
+        handler: Reads the question, and decides.
+        request: The question.
+        headers: Further headers, before the request's own.
+
+    Raises:
+        RuntimeError: It waits.
+    """
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": request.body, "more_body": False}
+
+    work = handler(_scope(request, headers), receive)
+    try:
+        work.send(None)
+    except StopIteration as end:
+        response = end.value
+    else:
+        work.close()
+        raise RuntimeError(f"{request.method} {request.path} waits, and was to answer at once")
+    answer_headers = {k.decode(): v.decode() for k, v in response.raw_headers}
+    return HttpResponse(response.status_code, answer_headers, bytes(response.body))
 
 
 def _scope(request: HttpRequest, headers: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -63,13 +63,15 @@ class _Progress:
         sequence: That one.
         plan: Its whole answer.
         since: The step after which its last written token was made, or ``_NOT_RUNNING``.
-        finish: The step that makes its last token.
+        finish: The step that makes its last token, or ``_NOT_RUNNING``.
+        entry: The step of its last entry among the finishes, while that is there.
     """
 
     sequence: Sequence
     plan: Plan
     since: int = _NOT_RUNNING
     finish: int = _NOT_RUNNING
+    entry: int = _NOT_RUNNING
 
 
 class TimedScheduler(Scheduler):
@@ -114,6 +116,7 @@ class TimedScheduler(Scheduler):
         # (step of the last token, tie-breaker, progress); entries of what left early are stale
         self._finishes: list[tuple[int, int, _Progress]] = []
         self._ties = itertools.count()
+        self._written = 0  # up to this step, of all that run
         self._event_tokens = event_tokens
         self._streamed: dict[Sequence, None] = {}  # of those that are streamed, the unfinished
 
@@ -190,16 +193,22 @@ class TimedScheduler(Scheduler):
     def _steps_to_finish(self) -> int:
         finishes = self._finishes
         while finishes[0][2].finish != finishes[0][0]:  # stale
-            heapq.heappop(finishes)
+            self._next_entry()
         return finishes[0][0] - self._steps
 
     def _finish_ended(self) -> None:
         finishes = self._finishes
         while finishes and finishes[0][0] <= self._steps:
-            finish, _, progress = heapq.heappop(finishes)
+            finish, progress = self._next_entry()
             if finish == progress.finish:
                 self._end(progress)
         self._admit()
+
+    def _next_entry(self) -> tuple[int, _Progress]:
+        finish, _, progress = heapq.heappop(self._finishes)
+        if finish == progress.entry:
+            progress.entry = _NOT_RUNNING
+        return finish, progress
 
     def _end(self, progress: _Progress) -> None:
         sequence, ended = progress.sequence, progress.plan
@@ -228,19 +237,20 @@ class TimedScheduler(Scheduler):
         sequence.logprobs += [self._logprob] * count
         sequence.ranks += [1] * count
         sequence.top_logprobs += [()] * count
-        self._extend_spans(sequence, done, done + count)
+        spans, start = sequence.spans, done
+        if spans and spans[-1].version == self.weight_version:
+            start = spans.pop().start
+        spans.append(Span(self.weight_version, start, done + count))
         self.counters.generated_tokens += count
         if sequence.on_token is not None:
             sequence.on_token(sequence)
 
-    def _extend_spans(self, sequence: Sequence, start: int, end: int) -> None:
-        if sequence.spans and sequence.spans[-1].version == self.weight_version:
-            start = sequence.spans.pop().start
-        sequence.spans.append(Span(self.weight_version, start, end))
-
     def _write_all(self) -> None:
-        for sequence in self._running:
-            self._write(self._progress[sequence])
+        """Write the tokens of all that run; what got its slot since has none that is unwritten."""
+        if self._written < self._steps:  # one update labels, loads and retracts between two steps
+            self._written = self._steps
+            for sequence in self._running:
+                self._write(self._progress[sequence])
 
     # --- what the base class decides, in time ------------------------------------------------
 
@@ -291,7 +301,8 @@ class TimedScheduler(Scheduler):
         self.step()
         self._write_all()
         for sequence in self._running:
-            self._leave(sequence)
+            progress = self._progress[sequence]
+            progress.since = progress.finish = _NOT_RUNNING
         super().retract()
         self._set_due()
 
@@ -334,18 +345,15 @@ class TimedScheduler(Scheduler):
         if progress is None:
             progress = self._progress[sequence] = _Progress(sequence, self._plan(sequence))
         progress.since = self._steps
-        progress.finish = self._steps + progress.plan.length - sequence.output_length
-        heapq.heappush(self._finishes, (progress.finish, next(self._ties), progress))
+        progress.finish = finish = self._steps + progress.plan.length - sequence.output_length
+        if progress.entry != finish:  # else its entry is there: it was out between two steps
+            progress.entry = finish
+            heapq.heappush(self._finishes, (finish, next(self._ties), progress))
 
     def _plan(self, sequence: Sequence) -> Plan:
         prompt = sequence.token_ids
         drawn = 0 if continues(prompt) else self._lengths.draw(self._rng)
         return plan(prompt, sequence.params, sequence.max_tokens, drawn)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """A sequence gave up its slot, and may come back."""
-        progress = self._progress[sequence]
-        progress.since = progress.finish = _NOT_RUNNING
 
     def _take_out(self, which: Callable[[Sequence], bool]) -> list[Sequence]:
         taken = super()._take_out(which)
@@ -362,6 +370,9 @@ class TimedScheduler(Scheduler):
         running = {s for s, p in self._progress.items() if p.since != _NOT_RUNNING}
         assert running == set(self._running)
         assert all(self._progress[s].finish > self._steps for s in running)
+        entries = [(finish, progress.sequence) for finish, _, progress in self._finishes]
+        assert {(self._progress[s].finish, s) for s in running} <= set(entries)
+        assert len(set(entries)) == len(entries)
         assert (self._due < math.inf) == self.has_work
 
 

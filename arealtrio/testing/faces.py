@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from ..embedded.endpoints import Endpoints
+from ..embedded.endpoints import Endpoints, Handler
 from ..embedded.engine import Engine
 from ..embedded.http import Reply
 from ..embedded.settings import ServerSettings
@@ -24,6 +24,27 @@ from ..types import HttpRequest
 from .asgi import AsgiApp
 
 _KINDS: dict[str, Kind] = {"/v1/completions": COMPLETION, "/inference/v1/generate": TOKENS}
+# Of what a run asks often, that which nothing holds up: no load of weights, nothing that drains.
+_VLLM_AT_ONCE = frozenset(
+    {
+        "/metrics",
+        "/pause?mode=abort",
+        "/pause?mode=keep",
+        "/reset_prefix_cache?reset_running_requests=true",
+        "/resume",
+        "/update_weight_version",
+        "/weight_info",
+    }
+)
+_SGLANG_AT_ONCE = frozenset(
+    {
+        "/continue_generation",
+        "/metrics",
+        "/model_info",
+        "/pause_generation",  # each of its modes
+        "/update_weight_version",
+    }
+)
 
 
 class Face(Protocol):
@@ -39,6 +60,9 @@ class Face(Protocol):
             VllmError: It is refused.
             SglangError: It is refused.
         """
+
+    def handler_at_once(self, request: HttpRequest) -> Handler | None:
+        """What answers another request without waiting for anything; None: ask ``app_for``."""
 
     def app_for(self, request: HttpRequest) -> AsgiApp:
         """What answers any other request. It raises what ``open`` does."""
@@ -78,6 +102,12 @@ class VllmFace:
         body, header_id = decode_body(request.body), _header_id(request)
         return begin(self._engine, self._settings, kind, body, header_id)
 
+    def handler_at_once(self, request: HttpRequest) -> Handler | None:
+        """See ``Face``."""
+        if request.path not in _VLLM_AT_ONCE:
+            return None
+        return self._endpoints.handler(request.method, request.path.partition("?")[0])
+
     def app_for(self, request: HttpRequest) -> AsgiApp:
         """See ``Face``. What has no endpoint, the application refuses."""
         return self._endpoints.of(request.method, request.path.partition("?")[0])
@@ -116,6 +146,12 @@ class SglangFace:
         if not self.generates(request):
             return None
         return SglangReply(self._front, decode(request.body, GenerateBody))
+
+    def handler_at_once(self, request: HttpRequest) -> Handler | None:
+        """See ``Face``."""
+        if request.path not in _SGLANG_AT_ONCE:
+            return None
+        return self._endpoints.handler(request.method, request.path.partition("?")[0])
 
     def app_for(self, request: HttpRequest) -> AsgiApp:
         """See ``Face``. What has no endpoint, the application refuses."""

@@ -23,7 +23,7 @@ LONGEST: Final = 1_000_000
 """The longest answer, in tokens."""
 TORN: Final = -2
 """What ``made_by`` returns for a token of weights that were loaded by half."""
-_DIRECTORY: Final = "/simulated"
+_CHECKPOINT: Final = "/simulated/checkpoint"
 _SCALE: Final = 2.0**-10  # log-probabilities are multiples of it, which float32 holds exactly
 
 
@@ -75,7 +75,7 @@ def checkpoint(version: int) -> str:
     Raises:
         ConfigError: ``version`` is no integer of at least 0.
     """
-    return f"{_DIRECTORY}/checkpoint-{integer('version', version, 0)}"
+    return f"{_CHECKPOINT}-{integer('version', version, 0)}"
 
 
 def load(path: Path) -> ScriptedModel:
@@ -84,8 +84,8 @@ def load(path: Path) -> ScriptedModel:
     Raises:
         FileNotFoundError: If it is not a path that ``checkpoint`` gives.
     """
-    stem, _, number = path.name.rpartition("-")
-    if str(path.parent) != _DIRECTORY or stem != "checkpoint" or not number.isdecimal():
+    stem, _, number = str(path).rpartition("-")
+    if stem != _CHECKPOINT or not number.isdecimal():
         raise FileNotFoundError(f"no simulated checkpoint: {path}")
     return ScriptedModel(int(number))
 

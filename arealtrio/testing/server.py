@@ -24,7 +24,7 @@ from ..errors import ConnectFailed, TransportError, TransportTimeout
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
 from .amounts import positive
-from .asgi import ask
+from .asgi import ask, ask_at_once
 from .clockwork import Pace, TimedEngine, TimedScheduler
 from .faces import face_of
 from .faults import Faults
@@ -469,8 +469,7 @@ class SimulatedServer:
         try:
             reply = self._face.open(request)
             if reply is None:
-                asking = partial(self._control, request, headers)
-                return await self._during(connection, deadline, asking)
+                return await self._control(connection, deadline, request, headers)
             self._count(1)
             if reply.streamed:
                 return reply
@@ -503,13 +502,36 @@ class SimulatedServer:
             raise _Over
 
     async def _control(
-        self, request: HttpRequest, headers: Sequence[tuple[str, str]]
+        self,
+        connection: Connection,
+        deadline: float,
+        request: HttpRequest,
+        headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
         if self._deaf_to and self._is_deaf_to(request):
-            if not self._faults.on_lost_abort(self):
-                await trio.sleep_forever()  # the client's own limit ends it
-            return HttpResponse(200, {}, b"")
-        return await ask(self._face.app_for(request), request, headers)
+            return await self._during(connection, deadline, self._lose_abort)
+        if handler := self._face.handler_at_once(request):
+            answer = ask_at_once(handler, request, headers)
+            await self._send_head_and_body(connection)
+            return answer
+        asking = partial(ask, self._face.app_for(request), request, headers)
+        return await self._during(connection, deadline, asking)
+
+    async def _send_head_and_body(self, connection: Connection) -> None:
+        """Take the turns that ``ask`` takes to send an answer, without a scope to end them in.
+
+        Time does not pass in them. A wait that is cancelled takes one turn more to end.
+        """
+        for _ in ("head", "body"):
+            await trio.lowlevel.checkpoint()
+            if connection.is_cut:
+                await trio.lowlevel.checkpoint()
+                raise _Over
+
+    async def _lose_abort(self) -> HttpResponse:
+        if not self._faults.on_lost_abort(self):
+            await trio.sleep_forever()  # the client's own limit ends it
+        return HttpResponse(200, {}, b"")
 
     def _is_deaf_to(self, request: HttpRequest) -> bool:
         if request.path not in _ABORTS:
