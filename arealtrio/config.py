@@ -154,6 +154,7 @@ class RolloutConfig:
         stall_warning_s: With rollouts unsettled and none settled for so long, a table of what each
             does is logged. Choose it above your longest answer.
         slow_step_warning_s: User code that keeps the event loop for longer is named in a warning.
+            None: it is not, and no step is timed.
         response_size_bytes: Answers above this are refused.
         ledger_path: File that keeps what ``prepare_batch`` took, finished and delivered, so that a
             run that was killed loses none of it and trains nothing twice. None keeps none. On a
@@ -216,7 +217,7 @@ class RolloutConfig:
     setup_timeout_s: float = 300.0
     close_timeout_s: float = 10.0
     stall_warning_s: float = 300.0
-    slow_step_warning_s: float = 0.05
+    slow_step_warning_s: float | None = 0.05
     response_size_bytes: int = 256 * 2**20
     ledger_path: str | None = None
     ledger_flush_s: float = 1.0
@@ -238,7 +239,10 @@ class RolloutConfig:
         self._check_headers()
         self._check_rest()
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
-            value = finite(name, getattr(self, name))
+            given = getattr(self, name)
+            if given is None and name in _OPTIONAL_SECONDS:
+                continue
+            value = finite(name, given)
             if value <= 0:
                 raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
             object.__setattr__(self, name, value)
@@ -397,6 +401,7 @@ _OPTIONAL_COUNTS = {
     "segment_tokens",
     "vocab_size",
 }
+_OPTIONAL_SECONDS = {"slow_step_warning_s"}
 _LARGEST = {
     "max_concurrent_rollouts": CONCURRENCY_MAX,
     "consumer_batch_size": CONCURRENCY_MAX,  # which it is, where no other limit is given

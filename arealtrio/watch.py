@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[StepWatch]:
+def watch_slow_steps(nursery: trio.Nursery, limit_s: float | None) -> Iterator[StepWatch | None]:
     """Warn of rollouts that keep the loop for longer than a limit between two awaits.
 
     The warning names the rollout and the function, once for each place in the code. The clock is
@@ -40,11 +40,15 @@ def watch_slow_steps(nursery: trio.Nursery, limit_s: float) -> Iterator[StepWatc
 
     Args:
         nursery: Its children are the rollouts; each task's name is the rollout's.
-        limit_s: Of one step. What else waits for as long: the answers of all other servers.
+        limit_s: Of one step. What else waits for as long: the answers of all other servers. None:
+            nobody is warned, and nothing is timed.
 
     Yields:
-        What is to be told where steps begin and end.
+        What is to be told where steps begin and end; None where nothing is timed.
     """
+    if limit_s is None:
+        yield None
+        return
     watch = StepWatch(_Steps(nursery, limit_s), limit_s)
     trio.lowlevel.add_instrument(watch)
     try:

@@ -173,6 +173,8 @@ def _experts_from(sampling: Body, prompts: tuple[list[int], ...], loc: str) -> i
 
 
 def _check_supported(body: Body, names: Iterable[str] = _UNSUPPORTED) -> None:
+    if body.keys().isdisjoint(names):  # nearly always
+        return
     for name in names:
         value = body.get(name)
         if value is not None and value is not False and value not in ([], "", {}):

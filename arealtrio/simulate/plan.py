@@ -220,5 +220,4 @@ _LIMITS = (
     "health_interval_s",  # nothing dies here, and a thousand servers' checks cost real time
     "setup_timeout_s",
     "stall_warning_s",
-    "slow_step_warning_s",
 )

@@ -420,7 +420,9 @@ def _sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
 
 def _token_route_sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:
     """Text is made only where stop strings are looked for in it."""
-    return _sampling(segment, info) | {"detokenize": bool(segment.gconfig.stop)}
+    sampling = _sampling(segment, info)
+    sampling["detokenize"] = bool(segment.gconfig.stop)
+    return sampling
 
 
 def _completions_sampling(segment: SegmentRequest, info: ServerInfo) -> dict[str, Any]:

@@ -357,7 +357,7 @@ LIMITS: dict[str, Any] = {
     "setup_timeout_s": 30.0,
     "max_consecutive_failures": 1000,
     "stall_warning_s": 10_000.0,
-    "slow_step_warning_s": 10_000.0,
+    "slow_step_warning_s": None,
 }
 
 

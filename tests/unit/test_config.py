@@ -76,11 +76,17 @@ def test_any_value_of_any_field_gives_a_config_or_one_error(name: str, value: An
         ("backend", ["vllm"]),
         ("stall_warning_s", float("inf")),
         ("close_timeout_s", "10"),
+        ("close_timeout_s", None),
+        ("slow_step_warning_s", 0),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         RolloutConfig(**{name: value})
+
+
+def test_of_slow_steps_nobody_need_be_warned() -> None:
+    assert RolloutConfig(slow_step_warning_s=None).slow_step_warning_s is None
 
 
 def test_the_limits_of_the_window_are_checked_together() -> None:

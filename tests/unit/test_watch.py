@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 
 from arealtrio import watch
 from arealtrio.types import GenerationHyperparameters, ModelRequest, ModelResponse
@@ -62,6 +63,15 @@ async def test_what_blocks_again_and_again_is_named_once(
 
 async def test_what_blocks_once_is_not_named(warnings: Callable[[], list[str]]) -> None:
     await watched(lambda: blocks(1))
+    assert warnings() == []
+
+
+async def test_without_a_limit_nothing_is_timed(warnings: Callable[[], list[str]]) -> None:
+    async with trio.open_nursery() as nursery:
+        with watch_slow_steps(nursery, None) as watch:
+            assert watch is None
+            nursery.start_soon(blocks)
+            await trio.testing.wait_all_tasks_blocked()
     assert warnings() == []
 
 
