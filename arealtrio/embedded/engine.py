@@ -8,11 +8,11 @@ happens between a decision and its effect.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import trio
 
@@ -75,9 +75,9 @@ class Generation:
         """Whether this engine makes it."""
         return self._engine is engine
 
-    async def wait_finished(self) -> None:
-        """Return when every sequence has finished, or at ``interrupt``."""
-        await self._finished.wait()
+    def wait_finished(self) -> Coroutine[Any, Any, None]:
+        """Return when every sequence has finished, or at ``interrupt``; it is to be awaited."""
+        return self._finished.wait()
 
     def interrupt(self) -> None:
         """Wake whoever waits for the end, ``finished`` or not."""

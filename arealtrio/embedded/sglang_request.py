@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +26,9 @@ _UNSUPPORTED_SAMPLING = (
     "stop", "stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "beam_width",
 )  # fmt: skip
 T = TypeVar("T")
+_VALUES_OF: dict[tuple[str, ...], Callable[[object], tuple[Any, ...]]] = {
+    names: attrgetter(*names) for names in (_UNSUPPORTED, _UNSUPPORTED_SAMPLING)
+}
 
 
 class Sampling(msgspec.Struct, kw_only=True):
@@ -171,22 +175,24 @@ def _experts_from(body: GenerateBody, prompt: list[int]) -> int | None:
     return start
 
 
-def _check_supported(body: object, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(body, name)
+def _check_supported(body: object, names: tuple[str, ...]) -> None:
+    for name, value in zip(names, _VALUES_OF[names](body), strict=True):
         if value is not None and value not in ([], ""):
             raise SglangError(f"{name} is not supported by this embedded server")
 
 
 def _check_logprob_options(body: GenerateBody, items: Iterable[Item]) -> None:
-    unsupported = {
-        "top_logprobs_num": body.top_logprobs_num not in (None, 0),
-        "logprob_start_len": body.logprob_start_len not in (None, -1),
-        "n": any(item.sampling.n != 1 for item in items),
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            raise SglangError(f"this value of {name} is not supported by this embedded server")
+    if body.top_logprobs_num not in (None, 0):
+        raise _unsupported_value("top_logprobs_num")
+    if body.logprob_start_len not in (None, -1):
+        raise _unsupported_value("logprob_start_len")
+    for item in items:
+        if item.sampling.n != 1:
+            raise _unsupported_value("n")
+
+
+def _unsupported_value(name: str) -> SglangError:
+    return SglangError(f"this value of {name} is not supported by this embedded server")
 
 
 def _prompts(value: list[Any] | None) -> tuple[list[list[int]], bool]:

@@ -111,15 +111,15 @@ class Told:
 
     def _counts(self) -> Json:
         sequence = self.sequence
-        spans = {"weight_versions": as_objects(sequence.spans)} if sequence.finished else {}
-        return {
+        counts: Json = {
             "reasoning_tokens": 0,
             "completion_tokens": sequence.output_length,
             "cached_tokens": 0,
-            **spans,
-            "cached_tokens_details": None,
-            "dp_rank": None,
         }
+        if sequence.finished:
+            counts["weight_versions"] = as_objects(sequence.spans)
+        counts["cached_tokens_details"] = counts["dp_rank"] = None
+        return counts
 
     def _ending(self) -> Json:
         if self.end_s is None:

@@ -454,29 +454,22 @@ class SimulatedServer:
     ) -> HttpResponse | Reply:
         if connection.is_cut:
             raise _Over
-        answer = await self._answer(connection, deadline, request, headers)
-        if self.isolated:
-            await self._during(connection, deadline, self._reach)
-        return answer
-
-    async def _answer(
-        self,
-        connection: Connection,
-        deadline: float,
-        request: HttpRequest,
-        headers: Sequence[tuple[str, str]],
-    ) -> HttpResponse | Reply:
+        answer: HttpResponse | Reply
         try:
             reply = self._face.open(request)
             if reply is None:
-                return await self._control(connection, deadline, request, headers)
-            self._count(1)
-            if reply.streamed:
-                return reply
-            return await self._whole(connection, deadline, reply)
+                answer = await self._control(connection, deadline, request, headers)
+            else:
+                self._count(1)
+                answer = reply
+                if not reply.streamed:
+                    answer = await self._whole(connection, deadline, reply)
         except (VllmError, SglangError) as exc:
             await trio.lowlevel.checkpoint()
-            return HttpResponse(exc.status, _JSON, json_bytes(exc.body))
+            answer = HttpResponse(exc.status, _JSON, json_bytes(exc.body))
+        if self.isolated:
+            await self._during(connection, deadline, self._reach)
+        return answer
 
     async def _whole(self, connection: Connection, deadline: float, reply: Reply) -> HttpResponse:
         try:
