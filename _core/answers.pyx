@@ -46,6 +46,8 @@ cdef inline char* put_id(char* at, object number) except NULL:
 
 cdef bytes float_text(object text_of, object value):
     cdef bytes text = text_of(value)
+    if text is None:  # which Cython takes for bytes, too
+        raise TypeError("the text of a logprob must be bytes, not None")
     if PyBytes_GET_SIZE(text) > FLOAT_SIZE_MAX:
         raise ValueError(f"the text of a logprob has more than {FLOAT_SIZE_MAX} bytes")
     return text

@@ -10,7 +10,7 @@ from collections.abc import Callable
 # ``write_pairs`` gives ``[[-0.5,1,null]]``, SGLang's.
 #
 # Both raise ValueError if the lists differ in length or a text is too long, TypeError for an id or
-# rank that is no integer, and OverflowError for one beyond 64 bits.
+# rank that is no integer or a text that is no bytes, and OverflowError for one beyond 64 bits.
 def write_records(
     token_ids: list[int],
     logprobs: list[float],

@@ -62,6 +62,14 @@ def test_a_text_has_room_for_32_bytes() -> None:
         write_records([1], [0.0], [1], lambda _: b"9" * 33)
 
 
+@pytest.mark.parametrize("text", [None, "0", 1, bytearray(b"0")])
+def test_a_text_that_is_no_bytes_is_refused(text: Any) -> None:
+    with pytest.raises(TypeError, match="bytes"):
+        write_records([1], [0.0], [1], lambda _: text)
+    with pytest.raises(TypeError, match="bytes"):
+        write_pairs([0.0], [1], lambda _: text)
+
+
 def test_what_a_text_raises_comes_through() -> None:
     with pytest.raises(ZeroDivisionError):
         write_records([1], [0.0], [1], lambda _: b"%d" % (1 // 0))
