@@ -45,7 +45,3 @@ class Alarm:
         if hour != self.hour:
             self.hour = hour
             self._scope.deadline = hour
-
-    def ring(self) -> None:
-        """Wake the sleeper now; where nobody sleeps, nothing."""
-        self._scope.cancel()

@@ -26,9 +26,9 @@ from ..embedded.sampling import SamplingParams
 from ..embedded.scheduler import Model, Scheduler
 from ..embedded.sequence import Sequence, Span
 from ..types import PauseMode
-from .alarm import Alarm
 from .lengths import Lengths
 from .script import Plan, ScriptedModel, continues, load, plan
+from .timetable import Timetable
 
 _ROUNDING = 1e-6  # of a step: sums of floating-point times are no exact multiples of it
 _NOT_RUNNING = -1
@@ -379,9 +379,13 @@ class TimedScheduler(Scheduler):
 class TimedEngine(Engine):
     """Drives a timed scheduler: wakes it when a sequence ends, and for nothing else.
 
+    The timetable does what ``run`` does for an engine on real time; nobody calls that here.
+
     Args:
         scheduler: The state machine.
         load_time_s: Seconds it takes to load weights.
+        timetable: Of the fleet.
+        on_death: Called once broken weights have killed it, or ``die``; not from inside that.
         on_load: Called before each load; see ``Faults.on_load``.
         on_label: Gives the label that weights get in place of the one asked for.
     """
@@ -392,37 +396,39 @@ class TimedEngine(Engine):
         self,
         scheduler: TimedScheduler,
         load_time_s: float,
+        timetable: Timetable,
         *,
+        on_death: Callable[[], None] = lambda: None,
         on_load: Callable[[], float | None] = lambda: None,
         on_label: Callable[[str], str] = lambda asked: asked,
     ) -> None:
         super().__init__(scheduler, load)
         self._load_time_s = load_time_s
         self._on_load = on_load
+        self._on_death = on_death
         self._on_label = on_label
-        self._alarm = Alarm()
+        self._timer = timetable.timer(self._step)
 
-    async def run(self) -> None:
-        """Decode when there is something to decode, and for nothing else.
-
-        A request moves the hour at which it wakes; waking it to be told costs ten times as much.
-        """
-        while True:
-            self.scheduler.step()
+    def _step(self) -> None:
+        self.scheduler.step()
+        if self.scheduler.state == "dead":
             self._settle()
-            if self.scheduler.state == "dead":
-                return
-            await self._alarm.sleep_until(self.scheduler.next_event)
+            self.stop()
+            self._on_death()
+        else:
+            self._changed()
+
+    def stop(self) -> None:
+        """Decode no more: another engine has taken its place."""
+        self._timer.stop()
 
     def retime(self) -> None:
         """Find out anew when to wake, after the pace has changed."""
         self._changed()
 
     def _changed(self) -> None:
-        if self.scheduler.state == "dead":
-            self._alarm.ring()
-        else:
-            self._alarm.move(self.scheduler.next_event)
+        dead = self.scheduler.state == "dead"
+        self._timer.set(self.scheduler.looked_at if dead else self.scheduler.next_event)
         self._settle()
 
     async def reload(self, path: Path, version: str | None = None, *, fatal: bool) -> None:

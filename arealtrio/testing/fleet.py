@@ -18,6 +18,7 @@ from .lengths import Lengths, LogNormalLengths
 from .server import SimulatedServer
 from .settings import SimulatedServerSettings
 from .stream import SimulatedStream
+from .timetable import Timetable
 
 DEFAULT_LENGTHS = LogNormalLengths.with_tail(median=40, p99=360, longest=2000)
 
@@ -71,8 +72,11 @@ class SimulatedFleet:
     ) -> None:
         rng = random.Random(seed)
         self.faults = faults or Faults.none()
+        self._timetable = Timetable()
         self.servers = tuple(
-            SimulatedServer(f"http://server-{index}", settings, lengths, rng, self.faults)
+            SimulatedServer(
+                f"http://server-{index}", settings, lengths, rng, self.faults, self._timetable
+            )
             for index, settings in enumerate(servers)
         )
         self.trace: list[Exchange] = []
@@ -93,8 +97,7 @@ class SimulatedFleet:
     def start(self, nursery: trio.Nursery) -> None:
         """Let the servers run in a nursery; ``open_fleet`` does that."""
         self._nursery = nursery
-        for server in self.servers:
-            nursery.start_soon(server.run)
+        nursery.start_soon(self._timetable.run)
 
     def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
         async def wait_and_call() -> None:

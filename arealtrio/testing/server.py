@@ -34,6 +34,7 @@ from .patience import Patience
 from .script import ScriptedModel, checkpoint
 from .settings import SimulatedServerSettings
 from .stream import Connection, Pieces, SimulatedStream
+from .timetable import Timetable
 
 MODEL_NAME = "simulated"
 _ABORTS = ("/abort_request", "/abort_requests", "/inference/v1/abort_requests")
@@ -66,6 +67,7 @@ class SimulatedServer:
         lengths: Of its answers.
         rng: Of the lengths.
         faults: What goes wrong with it.
+        timetable: Of the fleet.
 
     Attributes:
         condition: What a client meets there.
@@ -86,6 +88,7 @@ class SimulatedServer:
         lengths: Lengths,
         rng: random.Random,
         faults: Faults,
+        timetable: Timetable,
     ) -> None:
         self.address = address
         self.settings = settings
@@ -103,7 +106,8 @@ class SimulatedServer:
         self._unnoticed: list[Reply] = []  # whose clients left during a partition
         self._deaf_to: list[Reply] = []  # whose clients left, and whose abort is not done
         self._connections: dict[Connection, None] = {}  # open; a dict, because it is ordered
-        self._patience = Patience()
+        self._timetable = timetable
+        self._patience = Patience(timetable)
         self._replaced = trio.Event()  # set: the engine is another one now
         self._boot()
 
@@ -134,6 +138,8 @@ class SimulatedServer:
         self._engine = TimedEngine(
             scheduler,
             settings.load_time_s,
+            self._timetable,
+            on_death=self._break_down,
             on_load=lambda: self._faults.on_load(self),
             on_label=lambda asked: self._faults.on_label(self, asked),
         )
@@ -144,19 +150,7 @@ class SimulatedServer:
         """What it runs; for looking only."""
         return self._engine.scheduler
 
-    async def run(self) -> None:
-        """Decode for as long as this runs; ``open_fleet`` runs it."""
-        while True:
-            replaced = self._replaced
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._decode)
-                while not replaced.is_set():
-                    await self._patience.end_waits()
-                nursery.cancel_scope.cancel()
-
-    async def _decode(self) -> None:
-        engine = self._engine
-        await engine.run()  # returns when broken weights have killed it
+    def _break_down(self) -> None:
         self._replace(ServerCondition.DOWN)  # whoever waited is told so by the dead engine
         self._faults.on_broken(self)
 
@@ -245,8 +239,8 @@ class SimulatedServer:
     def _replace(self, condition: ServerCondition) -> None:
         self.outages += 1
         self.condition = condition
+        self._engine.stop()
         self._boot()
-        self._patience.ring()
         self._replaced.set()
         self._replaced = trio.Event()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -41,19 +39,9 @@ async def test_its_hour_moves_both_ways(autojump_clock: MockClock) -> None:
     assert woken == [3, 7]
 
 
-async def test_it_can_be_rung_by_hand(autojump_clock: MockClock) -> None:
-    alarm, begun = Alarm(), trio.current_time()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(alarm.sleep_until, math.inf)
-        await wait_all_tasks_blocked()
-        alarm.ring()
-    assert trio.current_time() == begun
-
-
 async def test_nobody_sleeps_and_nothing_happens(autojump_clock: MockClock) -> None:
     alarm, begun = Alarm(), trio.current_time()
     alarm.move(begun + 1)
-    alarm.ring()
     await alarm.sleep_until(begun + 2)
     assert trio.current_time() == begun + 2
 

@@ -24,6 +24,7 @@ from arealtrio.testing.asgi import ask, ask_at_once
 from arealtrio.testing.clockwork import Pace, TimedEngine, TimedScheduler
 from arealtrio.testing.faces import Face, face_of
 from arealtrio.testing.lengths import FixedLengths
+from arealtrio.testing.timetable import Timetable
 from arealtrio.types import HttpRequest, TimeLimits
 
 Dialect = Literal["vllm", "sglang"]
@@ -56,7 +57,8 @@ def face(dialect: Dialect) -> Face:
         model=ScriptedModel(0), max_num_seqs=4, max_model_len=100,
     )  # fmt: skip
     return face_of(
-        TimedEngine(scheduler, 0.0), ServerSettings(weights=Path(checkpoint(0)), dialect=dialect)
+        TimedEngine(scheduler, 0.0, Timetable()),
+        ServerSettings(weights=Path(checkpoint(0)), dialect=dialect),
     )
 
 

@@ -1,4 +1,4 @@
-"""One alarm ends the waits of all clients whose time is up, and of nobody else."""
+"""One timer ends the waits of all clients whose time is up, and of nobody else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trio.testing import MockClock
 
 from arealtrio.testing.patience import Patience
 from arealtrio.testing.stream import Connection
+from arealtrio.testing.timetable import Timetable
 
 
 class Clients:
@@ -32,15 +33,10 @@ class Clients:
 
 @asynccontextmanager
 async def clients() -> AsyncIterator[Clients]:
-    patience = Patience()
-
-    async def run() -> None:
-        while True:
-            await patience.end_waits()
-
+    timetable = Timetable()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run)
-        yield Clients(patience)
+        nursery.start_soon(timetable.run)
+        yield Clients(Patience(timetable))
         nursery.cancel_scope.cancel()
 
 
@@ -76,14 +72,3 @@ async def test_who_comes_later_may_have_less_time(autojump_clock: MockClock) -> 
         waiting.wait("hasty", 3)
         await trio.sleep(20)
         assert waiting.ended == [(3, "hasty"), (10, "patient")]
-
-
-async def test_it_can_be_rung_and_ends_nothing_then(autojump_clock: MockClock) -> None:
-    patience = Patience()
-    waiting = Clients(patience)
-    waiting.wait("waits", 5)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(patience.end_waits)
-        await trio.testing.wait_all_tasks_blocked()
-        patience.ring()
-    assert waiting.ended == []
