@@ -1,4 +1,4 @@
-"""Timetable: calls everybody of a fleet at his hour. Timer: one of those hours."""
+"""Timetable: calls each part of a fleet at its hour. Timer: one of those hours."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Timetable:
         return Timer(self, call)
 
     async def run(self) -> NoReturn:
-        """Call who is due, until cancelled. What a function raises is raised here."""
+        """Call what is due, until cancelled. What a function raises is raised here."""
         while True:
             await self._alarm.sleep_until(self._next_hour())
             self._call_due(trio.current_time() + _MOMENT_S)
 
     def _call_due(self, now: float) -> None:
-        """Call each once, though he may be due again at once: others have to get their turn."""
+        """Call each once, though it may be due again at once: others have to get their turn."""
         due = []
         while self._next_hour() <= now:
             _, _, timer = heapq.heappop(self._entries)
             timer._entry = math.inf
             due.append(timer)
         for timer in due:
-            if timer.hour <= now:  # else the one before him has moved it
+            if timer.hour <= now:  # else the one before has moved it
                 timer.hour = math.inf
                 timer._call()
 
@@ -69,7 +69,7 @@ class Timetable:
             self._alarm.move(timer.hour)
 
     def _put_off(self, timer: Timer) -> None:
-        if self._entries and self._entries[0][2] is timer:  # else the alarm is not set for him
+        if self._entries and self._entries[0][2] is timer:  # else the alarm is not set for it
             self._alarm.move(self._next_hour())
 
 

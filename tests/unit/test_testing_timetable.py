@@ -1,4 +1,4 @@
-"""One task calls everybody at his hour, and nobody at another."""
+"""One task calls each timer at its hour, and at no other."""
 
 from __future__ import annotations
 
