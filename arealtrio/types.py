@@ -253,6 +253,12 @@ class Segment:
     start: int
     end: int
 
+    def __init__(self, server: str, start: int, end: int) -> None:
+        _fill_segment(self, (server, start, end))
+
+
+_fill_segment = Filler(Segment, [field.name for field in fields(Segment)])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelResponse:

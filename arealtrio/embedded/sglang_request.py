@@ -79,9 +79,10 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         """One prompt or several: a union that msgspec has no type for."""
-        if self.input_ids:
-            kind: Any = list[list[int]] if isinstance(self.input_ids[0], list) else list[int]
-            self.input_ids = msgspec.convert(self.input_ids, kind)
+        ids = self.input_ids
+        if ids and set(map(type, ids)) != {int}:  # which is one prompt, and sound
+            kind: Any = list[list[int]] if isinstance(ids[0], list) else list[int]
+            self.input_ids = msgspec.convert(ids, kind)
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,7 +177,10 @@ def _experts_from(body: GenerateBody, prompt: list[int]) -> int | None:
 
 
 def _check_supported(body: object, names: tuple[str, ...]) -> None:
-    for name, value in zip(names, _VALUES_OF[names](body), strict=True):
+    values = _VALUES_OF[names](body)
+    if values.count(None) == len(values):  # nearly always
+        return
+    for name, value in zip(names, values, strict=True):
         if value is not None and value not in ([], ""):
             raise SglangError(f"{name} is not supported by this embedded server")
 

@@ -6,8 +6,6 @@ Every shape has the keys of the recordings in tests/golden/sglang-0.5.23. There 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from .._core.answers import write_pairs
@@ -20,8 +18,7 @@ ABORTED: Json = {"type": "abort", "message": "Aborted", "status_code": None, "er
 ABORTED_IN_QUEUE: Json = {"type": "abort", "message": "Abort in waiting queue"}
 
 
-@dataclass(slots=True)
-class Told:
+class Told(msgspec.Struct):
     """What an answer tells about one sequence besides its tokens.
 
     The prompt costs no time here, so ``queue_time`` is the whole time to the first token.
@@ -57,13 +54,12 @@ class Told:
     def _meta(self, start: int) -> Json:
         if self.sequence.finish_reason == "abort" and not self.sequence.output_length:
             return self._meta_of_unstarted()
-        return {
-            **self._beginning(),
-            **self._logprobs(start),
-            **self._counts(),
-            **self._experts(),
-            **self._ending(),
-        }
+        meta = self._beginning()
+        meta |= self._logprobs(start)
+        meta |= self._counts()
+        meta |= self._experts()
+        meta |= self._ending()
+        return meta
 
     def _experts(self) -> Json:
         if self.experts_from is None or not self.sequence.finished:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from ..checks import integer
 from ..embedded.sampling import Logits, SamplingParams
@@ -90,7 +92,7 @@ def load(path: Path) -> ScriptedModel:
     return ScriptedModel(int(number))
 
 
-class Plan(NamedTuple):
+class Plan(msgspec.Struct, frozen=True):
     """The whole answer to one request, before a token of it is made.
 
     Args:
