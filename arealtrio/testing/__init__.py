@@ -7,8 +7,12 @@ only the tokens are made up, so that a test can check each of them. See ``script
 lengths     how long answers are
 script      what answers are: ``ScriptedModel``, ``checkpoint``, ``made_by``
 clockwork   the scheduler in continuous time
+alarm       wakes one task at an hour that others may move
+timetable   one alarm for all of a fleet
+patience    ends the waits of clients whose time is up
 settings    ``SimulatedServerSettings``
 faces       both dialects, in memory
+asgi        asks their handlers
 server      ``SimulatedServer``
 stream      an answer that arrives as it is made
 amounts     numbers above 0, or at least 0

@@ -9,8 +9,8 @@ from typing import NamedTuple, NoReturn
 
 import trio
 
-from ..checks import integer
-from ..errors import ConnectFailed, ResponseTooLarge, UsageError
+from ..checks import integer, items, shown
+from ..errors import ConfigError, ConnectFailed, ResponseTooLarge, UsageError
 from ..transport import RESPONSE_SIZE_BYTES_MAX
 from ..types import HttpRequest, HttpResponse, TimeLimits
 from .faults import Faults
@@ -59,6 +59,10 @@ class SimulatedFleet:
         servers: The servers, in order.
         faults: What goes wrong.
         trace: What happened so far, where ``traced``.
+
+    Raises:
+        ConfigError: An argument is of another type, or a fault is planned for a server that is not
+            there.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SimulatedFleet:
         faults: Faults | None = None,
         traced: bool = False,
     ) -> None:
+        servers = _checked(servers, lengths, faults)
         rng = random.Random(seed)
         self.faults = faults or Faults.none()
         self._timetable = Timetable()
@@ -184,6 +189,24 @@ class SimulatedFleet:
             )
 
 
+def _checked(
+    servers: Sequence[SimulatedServerSettings], lengths: Lengths, faults: Faults | None
+) -> tuple[SimulatedServerSettings, ...]:
+    """The servers' records; raises ConfigError where an argument is of another type."""
+    records: list[SimulatedServerSettings] = []
+    for record in items("servers", servers, "SimulatedServerSettings"):
+        if not isinstance(record, SimulatedServerSettings):
+            raise ConfigError(f"a server is given as SimulatedServerSettings, not {shown(record)}")
+        records.append(record)
+    if isinstance(lengths, type) or not callable(getattr(lengths, "draw", None)):
+        raise ConfigError(
+            f"lengths must draw them, as FixedLengths(100) does, not be {shown(lengths)}"
+        )
+    if faults is not None and not isinstance(faults, Faults):
+        raise ConfigError(f"faults must be Faults or None, not {shown(faults)}")
+    return tuple(records)
+
+
 @asynccontextmanager
 async def open_fleet(
     servers: int | Sequence[SimulatedServerSettings] = 4,
@@ -203,7 +226,8 @@ async def open_fleet(
         traced: Whether to keep every exchange in ``fleet.trace``.
 
     Raises:
-        ConfigError: ``servers`` is neither, or a fault is planned for one that is not there.
+        ConfigError: ``servers`` is neither, another argument is of another type, or a fault is
+            planned for a server that is not there.
     """
     if not isinstance(servers, Iterable):
         servers = [SimulatedServerSettings()] * integer("servers", servers, 0)

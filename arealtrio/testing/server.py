@@ -60,6 +60,7 @@ class SimulatedServer:
 
     Requests come in through ``request`` and ``stream``, as from a transport. ``die``, ``hang``,
     ``restart``, ``slow_down``, ``isolate`` and their opposites are synchronous and act at once.
+    ``open_fleet`` makes it.
 
     Args:
         address: Its base URL.

@@ -49,6 +49,7 @@ from arealtrio.testing import (
     run_virtually,
     simulated_executor,
 )
+from arealtrio.testing.fleet import DEFAULT_LENGTHS
 from arealtrio.testing.script import load, plan
 from arealtrio.types import HttpRequest, TimeLimits
 
@@ -119,6 +120,12 @@ def test_recorded_lengths_come_in_order_over_and_over() -> None:
         lambda: run_virtually(trio.sleep, 1, time_limit_s=float("nan")),
         lambda: run_virtually(_fleet_of, -1),
         lambda: run_virtually(_fleet_of, 2.5),
+        lambda: run_virtually(_fleet_of, "3"),
+        lambda: run_virtually(_fleet_of, {"servers": 3}),
+        lambda: run_virtually(_fleet_of, [SimulatedServerSettings(), 8]),
+        lambda: run_virtually(_fleet_of, 1, 100),
+        lambda: run_virtually(_fleet_of, 1, FixedLengths),
+        lambda: run_virtually(_fleet_of, 1, FixedLengths(1), "death"),
     ],
 )
 def test_what_can_not_be_simulated_is_refused(make: Any) -> None:
@@ -126,8 +133,8 @@ def test_what_can_not_be_simulated_is_refused(make: Any) -> None:
         make()
 
 
-async def _fleet_of(servers: Any) -> None:
-    async with open_fleet(servers):
+async def _fleet_of(servers: Any, lengths: Any = DEFAULT_LENGTHS, faults: Any = None) -> None:
+    async with open_fleet(servers, lengths=lengths, faults=faults):
         pass
 
 
