@@ -199,9 +199,7 @@ def _checked(
             raise ConfigError(f"a server is given as SimulatedServerSettings, not {shown(record)}")
         records.append(record)
     if isinstance(lengths, type) or not callable(getattr(lengths, "draw", None)):
-        raise ConfigError(
-            f"lengths must draw them, as FixedLengths(100) does, not be {shown(lengths)}"
-        )
+        raise ConfigError(f"lengths must be such as FixedLengths(100), not {shown(lengths)}")
     if faults is not None and not isinstance(faults, Faults):
         raise ConfigError(f"faults must be Faults or None, not {shown(faults)}")
     return tuple(records)
