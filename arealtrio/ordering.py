@@ -13,9 +13,7 @@ from collections.abc import Generator, Hashable
 from contextlib import closing
 from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Final, Generic, TypeAlias, TypeVar
-
-import msgspec
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from .errors import ConfigError
 from .lengths import PROMPTS_MAX, LengthEstimator
@@ -25,7 +23,7 @@ _Entry: TypeAlias = tuple[float, int, T]  # rank, how many came before, request
 _VOID_MAX: Final = 64  # void entries in a heap, beyond as many as there are others
 
 
-class Origin(msgspec.Struct, frozen=True):
+class Origin(NamedTuple):
     """Where a request comes from, as far as the order of the line depends on it.
 
     Args:

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import msgspec
+from typing import Final, NamedTuple
 
 from ..checks import integer
 from ..embedded.sampling import Logits, SamplingParams
@@ -92,7 +90,7 @@ def load(path: Path) -> ScriptedModel:
     return ScriptedModel(int(number))
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(NamedTuple):
     """The whole answer to one request, before a token of it is made.
 
     Args:
