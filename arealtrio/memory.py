@@ -214,7 +214,7 @@ async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
 def _note_restart(pool: ServerPool, server: Server) -> None:
     pool.mark_stale(server, RESTARTED_ASLEEP)
     server.labelled = server.label_seen = False
-    server.version = 0
+    server.version = server.base_load = 0
     server.tainted = server.loading
 
 
@@ -224,11 +224,8 @@ async def _label(pool: ServerPool, server: Server) -> None:
     Without one it could not be told from the process after it, which is awake: after a waking that
     was not confirmed it would be asked for a restart again and again.
     """
-    if server.labelled:
-        return
-    await pool.label(server, server.version)
-    if server.labelled:
-        server.base_version = server.version
+    if not server.labelled:
+        await pool.label(server, server.version)
 
 
 async def _attempt_wake(

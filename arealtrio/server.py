@@ -56,7 +56,7 @@ class Server:
         tainted: A load failed or was cut short, so its weights are not known.
         loading: It has told no label since weights were sent to it. If it was restarted, nobody
             knows whether before or after them.
-        base_version: The weights of its base model, without adapters.
+        base_load: Which update gave it its base weights. See ``ServerPool.base_load``.
         ungrouped: It was added, or started again, since a weights group met, so it is in none.
         asleep: The memory that it let go of, by the dialect's tags.
         unwoken: The memory that it was to take back and did not confirm to have, by tag: whether it
@@ -87,7 +87,7 @@ class Server:
     frozen: bool = False
     tainted: bool = False
     loading: bool = False
-    base_version: int = 0
+    base_load: int = 0
     ungrouped: bool = False
     asleep: set[str] = field(default_factory=set)
     unwoken: dict[str, bool] = field(default_factory=dict)

@@ -54,7 +54,7 @@ class Lease:
 
     Attributes:
         version: The server's weight version when the lease was granted, or renewed.
-        base_version: That of its base model.
+        base_load: Which update had given it its base weights by then.
         adapter_version: The pool's version when the request named a versioned adapter; None where
             it names none.
         labelled: Whether it carried our label then, so that its reports can be held to it.
@@ -64,7 +64,7 @@ class Lease:
         "_fleet",
         "_slot",
         "adapter_version",
-        "base_version",
+        "base_load",
         "labelled",
         "server",
         "version",
@@ -79,7 +79,7 @@ class Lease:
     def pin(self) -> None:
         """Note what the server has now, for what it is about to be asked."""
         self.version = self.server.version
-        self.base_version = self.server.base_version
+        self.base_load = self.server.base_load
         self.adapter_version: int | None = None
         self.labelled = self.server.labelled
 
@@ -126,6 +126,10 @@ class ServerPool:
         recipe: The requests that bring a server to ``base_version``; None where nobody can repeat
             them.
         base_version: The version of the last update that was not of an adapter alone.
+        base_load: Which update that was, counted from 1; 0: the servers' first weights. A trainer
+            that begins anew may give a version's number to other weights; this one never comes
+            again, so it tells who missed an update to the version that it had already.
+        updates: Updates begun.
         adapters: Which versions of adapters requests are to name.
         fleet: The servers, who is in service, and their caps.
         ejection: Judges the servers by what they fail.
@@ -144,7 +148,7 @@ class ServerPool:
             raise ConfigError("no servers are named; set RolloutConfig(servers=[…])")
         self.config = config
         self.dialect = dialect
-        self.version = self.base_version = 0
+        self.version = self.base_version = self.base_load = self.updates = 0
         self.adapters = Adapters()
         self.recipe: Sequence[HttpRequest] | None = ()  # version 0 is what a server starts with
         self.update_lock = trio.Lock()  # versions reach every server in one order
@@ -188,9 +192,10 @@ class ServerPool:
         """The newest version any server was told to load: no token can be newer."""
         return self._newest_told
 
-    def is_current(self, version: int) -> bool:
-        """Whether a server of a version may serve: the pool's, or beyond it in an update now."""
-        return self.version <= version <= self._newest_told
+    def is_current(self, server: Server) -> bool:
+        """Whether a server's weights may serve: the pool's, or beyond them in an update now."""
+        took_part = server.base_load >= self.base_load
+        return took_part and self.version <= server.version <= self._newest_told
 
     def outstanding(self, server: Server) -> int:
         """Requests in flight on a server."""
@@ -326,6 +331,11 @@ class ServerPool:
 
     # --- versions ----------------------------------------------------------------------------
 
+    def begin_update(self, version: int) -> None:
+        """Count an update whose servers are about to be told to load ``version``."""
+        self.updates += 1
+        self.told(version)
+
     def told(self, version: int) -> None:
         """Record that some server is about to be told to load ``version``."""
         self._newest_told = max(self._newest_told, version)
@@ -349,7 +359,7 @@ class ServerPool:
             self._newest_told = version
         self.version, self.recipe = version, recipe
         if has_base:
-            self.base_version = version
+            self.base_version, self.base_load = version, self.updates
         self.told(version)
         self._leases.fail(
             lambda waiter: self._will_not_come(waiter.min_version),
@@ -362,9 +372,10 @@ class ServerPool:
     def take_out_outdated(self) -> None:
         """Take out of service who has not the pool's weights, nor newer ones of an update now."""
         for server in self.servers:
-            if server.state in IN_SERVICE and not self.is_current(server.version):
+            if server.state in IN_SERVICE and not self.is_current(server):
                 missed = f"missed the update to version {self.version}"
-                self.mark_stale(server, f"{missed}: it has {server.version}")
+                before = " of before" if server.version == self.version else ""
+                self.mark_stale(server, f"{missed}: it has {server.version}{before}")
 
     def _will_not_come(self, version: int) -> bool:
         return self._newest_told < version <= self._abandoned

@@ -147,7 +147,7 @@ async def _check_health(pool: ServerPool, server: Server) -> None:
 
 def _take_back(pool: ServerPool, server: Server) -> None:
     """Put a server into service again, unless an update or a pause began meanwhile."""
-    overtaken = not pool.is_current(server.version) or pool.pausing.is_held(server)
+    overtaken = not pool.is_current(server) or pool.pausing.is_held(server)
     if server.state in OUT_OF_ORDER and not overtaken:
         pool.ejection.take_back(server)
 
@@ -180,13 +180,14 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
         The label that it carries then. It came before the weights, and is not set again: a server
         that was started again after them does not have it.
     """
-    base_version, recipe = pool.base_version, _recipe_for(pool, server)
+    base_version, base_load = pool.base_version, pool.base_load
+    recipe = _recipe_for(pool, server)
     await _load(pool, server, recipe)
     if recipe:
         server.labelled = pool.dialect.has_labels
         await pool.confirm(server, base_version)
         server.loading = False
-    server.base_version = base_version
+    server.base_load = base_load
     return base_version if recipe else server.info.weight_version
 
 
@@ -212,7 +213,7 @@ def _forget(server: Server) -> None:
     One that was restarted while it was sent weights may have them.
     """
     server.labelled = server.label_seen = False
-    server.version = server.base_version = 0  # no label must name what it had before
+    server.version = server.base_load = 0  # no label must name what it had before
     server.ungrouped = True
     server.unwoken.clear()
     server.tainted = server.loading
@@ -222,7 +223,7 @@ def _forget(server: Server) -> None:
 def _has_its_base(pool: ServerPool, server: Server) -> bool:
     """Whether it missed nothing but adapters."""
     known = server.labelled and server.info.weight_version is not None and not server.tainted
-    return known and pool.base_version <= server.base_version <= pool.newest_told
+    return known and server.base_load == pool.base_load
 
 
 async def _load_adapters(pool: ServerPool, server: Server) -> None:
@@ -238,18 +239,21 @@ async def _load_adapters(pool: ServerPool, server: Server) -> None:
 def _has_its_weights(pool: ServerPool, server: Server) -> bool:
     """Whether it was out of service for another reason, and missed no update."""
     ours = server.labelled and not server.tainted
-    return ours and server.info.weight_version == server.version and pool.is_current(server.version)
+    return ours and server.info.weight_version == server.version and pool.is_current(server)
 
 
 def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
     """The requests that bring a server to the pool's version, if anybody can."""
     reported = server.info.weight_version
     if pool.recipe is None:
-        if reported == pool.version and not server.tainted:
+        # Our own label of before an update to the same version tells of weights that it missed.
+        ours = server.labelled and reported == server.version
+        missed = ours and server.base_load < pool.base_load
+        if reported == pool.version and not server.tainted and not missed:
             return ()
         raise _LacksUpdateError(
-            f"its weights are of version {reported}, not {pool.version}, and the last update can "
-            "not be repeated; it returns with the next"
+            f"its weights, of version {reported}, are not those of the update to {pool.version}, "
+            "which can not be repeated; it returns with the next"
         )
     # Or it is back from another membership, in which it was sent what is not yet the pool's.
     told = reported is not None and pool.version < reported <= pool.newest_told

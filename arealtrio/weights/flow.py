@@ -50,7 +50,7 @@ async def _update_all(
 ) -> WeightUpdateResult:
     started = trio.current_time()
     attempted: list[Server] = []
-    pool.told(update.version)
+    pool.begin_update(update.version)
     for turn in [[server] for server in servers] if update.rolling else [servers]:
         batch = takers(turn)  # who went out of service meanwhile is not paused any more
         attempted += batch

@@ -52,7 +52,7 @@ def lacks_weights(pool: ServerPool, server: Server) -> str:
         return ""
     if server.frozen or server.tainted:
         return f"it is {server.state.value} ({server.reason})"
-    if server.base_version < pool.base_version or not pool.is_current(server.version):
+    if not pool.is_current(server):
         return f"it has version {server.version}, not {pool.version}"
     return ""
 
@@ -63,7 +63,7 @@ def check_base(pool: ServerPool, server: Server) -> None:
     Raises:
         RolloutError: It has others, or nobody knows which.
     """
-    if server.tainted or server.base_version < pool.base_version:
+    if server.tainted or server.base_load < pool.base_load:
         raise RolloutError("its base weights are not current; an adapter alone does not mend that")
 
 
@@ -71,7 +71,7 @@ def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     """Note that a server has the weights: one that was out of service for them is back."""
     server.version = update.version
     if update.has_base:
-        server.base_version = update.version
+        server.base_load = pool.updates
     server.frozen = server.tainted = server.loading = False
     if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
         held = pool.pausing.is_held(server)

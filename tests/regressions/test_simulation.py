@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal
 
 import pytest
@@ -176,6 +177,44 @@ async def test_a_server_that_is_added_again_within_an_update_has_not_its_first_w
             assert first.scheduler.weight_version == "1"
             assert executor.get_version() == 0
         await check_weights(executor, fleet, 1)
+
+
+@asynccontextmanager
+async def after_a_run_that_came_to_1(servers: int) -> AsyncIterator[tuple[WorkflowExecutor, Any]]:
+    """An executor of the first of two servers, or of both, which an earlier run left behind."""
+    quick = {"health_interval_s": 0.5, "health_timeout_s": 0.5, "probe_interval_max_s": 1.0}
+    async with open_fleet([SimulatedServerSettings(load_time_s=5.0)] * 2) as fleet:
+        async with open_executor(RolloutConfig(servers=fleet.addresses), transport=fleet) as before:
+            await before.update_weights(to(1))
+        config: dict[str, Any] = {"servers": fleet.addresses[:servers], **quick}
+        async with open_executor(RolloutConfig(**config), transport=fleet) as executor:
+            yield executor, fleet
+
+
+async def test_who_joins_within_an_update_to_the_version_that_it_is_taken_to_have_has_missed_it(
+    autojump_clock: MockClock,
+) -> None:
+    """It was labelled 0, as all are at the start, and so was what the others were loading."""
+    async with after_a_run_that_came_to_1(servers=1) as (executor, fleet):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.update_weights, to(0))
+            await trio.sleep(1.0)
+            executor.add_server(fleet.addresses[1])
+            await trio.sleep(2.0)
+            assert [row.state for row in executor.statistics()] == ["paused", "ready"]
+        await check_weights(executor, fleet, 0)
+
+
+async def test_who_returns_after_an_update_to_the_version_that_it_has_missed_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with after_a_run_that_came_to_1(servers=2) as (executor, fleet):
+        fleet.faults.partition(fleet.servers[1])
+        while executor.statistics()[1].state != "ejected":
+            await executor.engine.pool.service_changed.wait()
+        assert (await executor.update_weights(to(0))).updated == (fleet.addresses[0],)
+        fleet.faults.heal()
+        await check_weights(executor, fleet, 0)
 
 
 async def test_an_adapter_goes_to_a_server_that_never_told_a_label(

@@ -37,7 +37,7 @@ async def leased(version: int, *, labelled: bool) -> AsyncIterator[tuple[ServerP
     """A slot on the first of two servers, all of which have a version."""
     pool = pool_of({A: 1, B: 1})
     for server in pool.servers:
-        server.version = server.told = server.base_version = version
+        server.version = server.told = version
         server.labelled = labelled
     pool.advance(version, ())
     with await pool.lease(prefer=A) as lease:

@@ -485,6 +485,19 @@ async def test_after_a_label_alone_a_server_returns_only_if_it_has_not_lost_its_
         await until_states(engine, "ready", "ready")
 
 
+async def test_a_label_of_before_does_not_name_what_the_trainer_sent_under_its_number(
+    autojump_clock: Clock,
+) -> None:
+    async with faulty_engine() as (engine, _):
+        engine.pool.set_state(engine.pool.servers[1], ServerState.EJECTED, "the test says so")
+        await update_weights(engine.pool, WeightUpdate.label(0))
+        await trio.sleep(200)
+        assert states(engine) == ["ready", "stale"]
+        assert "of version 0, are not those of the update to 0" in engine.statistics()[1].reason
+        await update_weights(engine.pool, disk(0))
+        await until_states(engine, "ready", "ready")
+
+
 async def test_a_restoration_under_way_gives_way_to_an_update(autojump_clock: Clock) -> None:
     async with faulty_engine(load_time_s=100.0) as (engine, faulty):
         await update_weights(engine.pool, disk(1))
