@@ -214,7 +214,7 @@ async def _sleep(pool: ServerPool, server: Server, keep_weights: bool) -> None:
 def _note_restart(pool: ServerPool, server: Server) -> None:
     pool.mark_stale(server, RESTARTED_ASLEEP)
     server.labelled = server.label_seen = False
-    server.version = server.base_load = 0
+    server.version = server.update = server.base_update = 0
     server.tainted = server.loading
 
 

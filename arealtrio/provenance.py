@@ -23,7 +23,7 @@ def versions_of(pool: ServerPool, lease: Lease, answer: SegmentResponse) -> tupl
     """
     count = len(answer.token_ids)
     if lease.adapter_version is not None:
-        exact = lease.server.base_load == lease.base_load
+        exact = lease.server.base_update == lease.base_update
         return vector_of(lease.adapter_version, count), exact
     if answer.versions is None:
         first = pool.recipe == ()  # what a server starts with, it has whoever restarts it

@@ -56,7 +56,8 @@ class Server:
         tainted: A load failed or was cut short, so its weights are not known.
         loading: It has told no label since weights were sent to it. If it was restarted, nobody
             knows whether before or after them.
-        base_load: Which update gave it its base weights. See ``ServerPool.base_load``.
+        update: Which update it took last. See ``ServerPool.update``.
+        base_update: Which gave it the weights of its base model, without adapters.
         ungrouped: It was added, or started again, since a weights group met, so it is in none.
         asleep: The memory that it let go of, by the dialect's tags.
         unwoken: The memory that it was to take back and did not confirm to have, by tag: whether it
@@ -87,7 +88,8 @@ class Server:
     frozen: bool = False
     tainted: bool = False
     loading: bool = False
-    base_load: int = 0
+    update: int = 0
+    base_update: int = 0
     ungrouped: bool = False
     asleep: set[str] = field(default_factory=set)
     unwoken: dict[str, bool] = field(default_factory=dict)

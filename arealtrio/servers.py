@@ -54,7 +54,7 @@ class Lease:
 
     Attributes:
         version: The server's weight version when the lease was granted, or renewed.
-        base_load: Which update had given it its base weights by then.
+        base_update: Which update had given it its base weights by then.
         adapter_version: The pool's version when the request named a versioned adapter; None where
             it names none.
         labelled: Whether it carried our label then, so that its reports can be held to it.
@@ -64,7 +64,7 @@ class Lease:
         "_fleet",
         "_slot",
         "adapter_version",
-        "base_load",
+        "base_update",
         "labelled",
         "server",
         "version",
@@ -79,7 +79,7 @@ class Lease:
     def pin(self) -> None:
         """Note what the server has now, for what it is about to be asked."""
         self.version = self.server.version
-        self.base_load = self.server.base_load
+        self.base_update = self.server.base_update
         self.adapter_version: int | None = None
         self.labelled = self.server.labelled
 
@@ -123,12 +123,13 @@ class ServerPool:
 
     Attributes:
         version: The weight version that every server in service has, or is beyond.
+        update: Which update gave it that, counted from 1; 0: none did. A trainer that begins anew,
+            or tries again, may give a version's number to other weights. The count of updates
+            never goes back, so it tells who missed one to the version that it had already.
         recipe: The requests that bring a server to ``base_version``; None where nobody can repeat
             them.
         base_version: The version of the last update that was not of an adapter alone.
-        base_load: Which update that was, counted from 1; 0: the servers' first weights. A trainer
-            that begins anew may give a version's number to other weights; this one never comes
-            again, so it tells who missed an update to the version that it had already.
+        base_update: Which update that was.
         updates: Updates begun.
         adapters: Which versions of adapters requests are to name.
         fleet: The servers, who is in service, and their caps.
@@ -148,7 +149,8 @@ class ServerPool:
             raise ConfigError("no servers are named; set RolloutConfig(servers=[…])")
         self.config = config
         self.dialect = dialect
-        self.version = self.base_version = self.base_load = self.updates = 0
+        self.version = self.base_version = 0
+        self.updates = self.update = self.base_update = 0
         self.adapters = Adapters()
         self.recipe: Sequence[HttpRequest] | None = ()  # version 0 is what a server starts with
         self.update_lock = trio.Lock()  # versions reach every server in one order
@@ -194,8 +196,8 @@ class ServerPool:
 
     def is_current(self, server: Server) -> bool:
         """Whether a server's weights may serve: the pool's, or beyond them in an update now."""
-        took_part = server.base_load >= self.base_load
-        return took_part and self.version <= server.version <= self._newest_told
+        took_it = server.update >= self.update
+        return took_it and self.version <= server.version <= self._newest_told
 
     def outstanding(self, server: Server) -> int:
         """Requests in flight on a server."""
@@ -357,9 +359,9 @@ class ServerPool:
         if version < self.version:
             self._abandoned = max(self._abandoned, self._newest_told)
             self._newest_told = version
-        self.version, self.recipe = version, recipe
+        self.version, self.update, self.recipe = version, self.updates, recipe
         if has_base:
-            self.base_version, self.base_load = version, self.updates
+            self.base_version, self.base_update = version, self.updates
         self.told(version)
         self._leases.fail(
             lambda waiter: self._will_not_come(waiter.min_version),

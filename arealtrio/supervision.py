@@ -130,7 +130,7 @@ async def _restore_and_check(pool: ServerPool, server: Server) -> None:
     else:
         await _check_health(pool, server)
     await pool.discover(server)
-    server.version = await _restore(pool, server)
+    server.version, server.update = await _restore(pool, server)
     if may_be_paused:
         await _check_health(pool, server)
 
@@ -152,15 +152,19 @@ def _take_back(pool: ServerPool, server: Server) -> None:
         pool.ejection.take_back(server)
 
 
-async def _restore(pool: ServerPool, server: Server) -> int:
-    """Give a server the pool's weights, unless it has them, and let it generate again."""
+async def _restore(pool: ServerPool, server: Server) -> tuple[int, int]:
+    """Give a server the pool's weights, unless it has them, and let it generate again.
+
+    Returns:
+        Their version, and the update that gave the pool that.
+    """
     await _notice_restart(pool, server)
     if server.state is ServerState.JOINING:
         await wake_left_asleep(pool, server)
     await rouse(pool, server)
-    version = server.version
+    version, update = server.version, server.update
     if not _has_its_weights(pool, server):
-        version, label = pool.version, server.info.weight_version
+        version, update, label = pool.version, pool.update, server.info.weight_version
         if not _has_its_base(pool, server):
             label = await _restore_base(pool, server)
         await _load_adapters(pool, server)
@@ -170,7 +174,7 @@ async def _restore(pool: ServerPool, server: Server) -> int:
     server.tainted = False
     if _may_be_paused(server):
         await let_generate(pool, server)
-    return version
+    return version, update
 
 
 async def _restore_base(pool: ServerPool, server: Server) -> int | None:
@@ -180,14 +184,14 @@ async def _restore_base(pool: ServerPool, server: Server) -> int | None:
         The label that it carries then. It came before the weights, and is not set again: a server
         that was started again after them does not have it.
     """
-    base_version, base_load = pool.base_version, pool.base_load
+    base_version, base_update = pool.base_version, pool.base_update
     recipe = _recipe_for(pool, server)
     await _load(pool, server, recipe)
     if recipe:
         server.labelled = pool.dialect.has_labels
         await pool.confirm(server, base_version)
         server.loading = False
-    server.base_load = base_load
+    server.base_update = base_update
     return base_version if recipe else server.info.weight_version
 
 
@@ -213,7 +217,7 @@ def _forget(server: Server) -> None:
     One that was restarted while it was sent weights may have them.
     """
     server.labelled = server.label_seen = False
-    server.version = server.base_load = 0  # no label must name what it had before
+    server.version = server.update = server.base_update = 0  # no label must name what it had before
     server.ungrouped = True
     server.unwoken.clear()
     server.tainted = server.loading
@@ -223,7 +227,7 @@ def _forget(server: Server) -> None:
 def _has_its_base(pool: ServerPool, server: Server) -> bool:
     """Whether it missed nothing but adapters."""
     known = server.labelled and server.info.weight_version is not None and not server.tainted
-    return known and server.base_load == pool.base_load
+    return known and server.base_update == pool.base_update
 
 
 async def _load_adapters(pool: ServerPool, server: Server) -> None:
@@ -248,7 +252,7 @@ def _recipe_for(pool: ServerPool, server: Server) -> Sequence[HttpRequest]:
     if pool.recipe is None:
         # Our own label of before an update to the same version tells of weights that it missed.
         ours = server.labelled and reported == server.version
-        missed = ours and server.base_load < pool.base_load
+        missed = ours and server.base_update < pool.base_update
         if reported == pool.version and not server.tainted and not missed:
             return ()
         raise _LacksUpdateError(

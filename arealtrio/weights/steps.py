@@ -63,15 +63,15 @@ def check_base(pool: ServerPool, server: Server) -> None:
     Raises:
         RolloutError: It has others, or nobody knows which.
     """
-    if server.tainted or server.base_load < pool.base_load:
+    if server.tainted or server.base_update < pool.base_update:
         raise RolloutError("its base weights are not current; an adapter alone does not mend that")
 
 
 def updated(pool: ServerPool, server: Server, update: WeightUpdate) -> None:
     """Note that a server has the weights: one that was out of service for them is back."""
-    server.version = update.version
+    server.version, server.update = update.version, pool.updates
     if update.has_base:
-        server.base_load = pool.updates
+        server.base_update = pool.updates
     server.frozen = server.tainted = server.loading = False
     if server.state is ServerState.STALE:  # it has what it missed; a held one is resumed later
         held = pool.pausing.is_held(server)

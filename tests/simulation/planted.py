@@ -205,7 +205,7 @@ def _restores_the_newest(_: Any) -> Any:
         recipe = supervision._recipe_for(pool, server)
         await supervision._load(pool, server, recipe)
         server.labelled = pool.dialect.has_labels if recipe else server.labelled
-        server.base_load = pool.base_load
+        server.base_update = pool.base_update
         told: int | None = server.info.weight_version
         return pool.base_version if recipe else told
 

@@ -14,6 +14,7 @@ from arealtrio.adapters import Adapters
 from arealtrio.config import RolloutConfig
 from arealtrio.engine import RemoteEngine, open_engine
 from arealtrio.errors import TransportError, UsageError, WeightUpdateError
+from arealtrio.servers import ServerState
 from arealtrio.types import GenerationHyperparameters, HttpRequest, ModelRequest, ModelResponse
 from arealtrio.weights import WeightUpdate, update_weights
 
@@ -227,6 +228,22 @@ async def test_a_server_that_returns_loses_what_it_had_under_that_name(
         engine.pool.fleet.remove(late.address)
         await update_weights(engine.pool, lora(tmp_path, 1))
         engine.pool.fleet.add(late.address)
+        await engine.pool.wait_ready(5)
+        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
+
+
+@both_dialects
+async def test_a_server_that_was_away_as_a_version_came_again_gets_it_again(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its version was current, so it came back with what had gone by that before."""
+    (tmp_path / "before").mkdir()
+    async with observed_engine(tmp_path, monkeypatch, dialect) as (engine, _):
+        await update_weights(engine.pool, lora(tmp_path / "before", 1))
+        away = engine.pool.servers[1]
+        engine.pool.set_state(away, ServerState.EJECTED, "the test says so")
+        result = await update_weights(engine.pool, lora(tmp_path, 1))
+        assert result.updated == (engine.pool.servers[0].address,)
         await engine.pool.wait_ready(5)
         assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
 

@@ -303,7 +303,7 @@ async def test_a_label_brings_no_server_back_that_is_behind_though_it_is_sound(
     async with faulty_engine() as (engine, faulty):
         await update_weights(engine.pool, disk(1))
         behind = engine.pool.servers[1]
-        behind.version = behind.base_load = 0
+        behind.version = behind.base_update = behind.update = 0
         engine.pool.mark_stale(behind, "the test says so")
         result = await update_weights(engine.pool, WeightUpdate.label(2))
         assert "it has version 0, not 1" in result.failed[behind.address]
