@@ -56,6 +56,7 @@ class Server:
         tainted: A load failed or was cut short, so its weights are not known.
         loading: It has told no label since weights were sent to it. If it was restarted, nobody
             knows whether before or after them.
+        taking: An update is being brought to it: nobody brings it what was before that.
         update: Which update it took last. See ``ServerPool.update``.
         base_update: Which gave it the weights of its base model, without adapters.
         ungrouped: It was added, or started again, since a weights group met, so it is in none.
@@ -88,6 +89,7 @@ class Server:
     frozen: bool = False
     tainted: bool = False
     loading: bool = False
+    taking: bool = False
     update: int = 0
     base_update: int = 0
     ungrouped: bool = False

@@ -75,7 +75,7 @@ async def _bring_back(pool: ServerPool, server: Server) -> None:
     while server.state in OUT_OF_ORDER:
         with trio.move_on_after(_probe_interval_s(pool, server)):
             await server.changed.wait()
-        if server.state in OUT_OF_ORDER and not pool.pausing.is_held(server):
+        if server.state in OUT_OF_ORDER and not _is_in_other_hands(pool, server):
             server.probes += 1
             await _try_to_bring_back(pool, server)
 
@@ -84,10 +84,14 @@ def _probe_interval_s(pool: ServerPool, server: Server) -> float:
     """Seconds until the next look. Starting is no failure: a server that joins is not put off."""
     config = pool.config
     if server.state is ServerState.JOINING:
-        now = not server.probes and not pool.pausing.is_held(server)
+        now = not server.probes and not _is_in_other_hands(pool, server)
         return 0.0 if now else config.probe_interval_s
     doublings = min(server.probes, 60)  # a float has room for them
     return min(config.probe_interval_s * 2.0**doublings, config.probe_interval_max_s)
+
+
+def _is_in_other_hands(pool: ServerPool, server: Server) -> bool:
+    return server.taking or pool.pausing.is_held(server)
 
 
 async def _try_to_bring_back(pool: ServerPool, server: Server) -> None:
@@ -147,7 +151,7 @@ async def _check_health(pool: ServerPool, server: Server) -> None:
 
 def _take_back(pool: ServerPool, server: Server) -> None:
     """Put a server into service again, unless an update or a pause began meanwhile."""
-    overtaken = not pool.is_current(server) or pool.pausing.is_held(server)
+    overtaken = not pool.is_current(server) or _is_in_other_hands(pool, server)
     if server.state in OUT_OF_ORDER and not overtaken:
         pool.ejection.take_back(server)
 

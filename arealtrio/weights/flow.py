@@ -7,7 +7,8 @@ server that failed is out of service, and the result names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -97,18 +98,30 @@ async def _update(
     if update.kind == "label":
         await _load_everywhere(pool, servers, update, failed)
         return
+    with _taking(servers):
+        if update.kind == "lora":
+            await load_adapter_everywhere(pool, servers, update, failed)
+            return
+        async with pool.pausing.paused(update.pause, servers) as not_paused:
+            failed.update(not_paused)
+            if update.kind == "distributed":
+                await receive_everywhere(pool, servers, update, failed)
+            else:
+                await _load_everywhere(pool, servers, update, failed)
+
+
+@contextmanager
+def _taking(servers: Sequence[Server]) -> Iterator[None]:
+    """Let nobody bring servers the weights that are old now, be it under way or to come."""
     for server in servers:
-        if server.restoring is not None:  # it is being brought to weights that are old now
+        server.taking = True
+        if server.restoring is not None:
             server.restoring.cancel()
-    if update.kind == "lora":
-        await load_adapter_everywhere(pool, servers, update, failed)
-        return
-    async with pool.pausing.paused(update.pause, servers) as not_paused:
-        failed.update(not_paused)
-        if update.kind == "distributed":
-            await receive_everywhere(pool, servers, update, failed)
-        else:
-            await _load_everywhere(pool, servers, update, failed)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.taking = False
 
 
 async def _load_everywhere(

@@ -485,6 +485,20 @@ async def test_after_a_label_alone_a_server_returns_only_if_it_has_not_lost_its_
         await until_states(engine, "ready", "ready")
 
 
+async def test_nobody_restores_a_server_that_has_its_adapter_already_and_waits_for_the_others(
+    autojump_clock: Clock,
+) -> None:
+    """It was labelled 1 again meanwhile, and so were its tokens, for as long as 2 was current."""
+    async with faulty_engine(probe_interval_s=0.5) as (engine, faulty):
+        await update_weights(engine.pool, WeightUpdate.lora("x", "/", 1))
+        engine.pool.mark_stale(engine.pool.servers[1], "the test says so")
+        first, load = faulty.fleet.servers[0], "/v1/load_lora_adapter"
+        faulty.fleet.faults.plan("late", server=first, path=load, seconds=5.0)
+        assert not (await update_weights(engine.pool, WeightUpdate.lora("x", "/", 2))).failed
+        assert [server.scheduler.weight_version for server in faulty.fleet] == ["2", "2"]
+        assert states(engine) == ["ready", "ready"]
+
+
 async def test_a_label_of_before_does_not_name_what_the_trainer_sent_under_its_number(
     autojump_clock: Clock,
 ) -> None:
