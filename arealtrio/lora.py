@@ -39,7 +39,7 @@ async def load_adapter(pool: ServerPool, server: Server, adapter: Adapter) -> No
             for again in (unload, request):
                 await pool.control(server, again, pool.config.update_timeout_s)
     except BaseException:
-        server.version = 0  # it has not all that its version stands for
+        server.version = server.update = 0  # it has not all that its version stands for
         pool.mark_stale(server, f"its {adapter.served_name} was to be replaced")
         raise
 

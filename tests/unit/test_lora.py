@@ -281,17 +281,18 @@ async def test_an_adapter_is_replaced_under_the_requests_that_use_it(
 
 
 @both_dialects
+@pytest.mark.parametrize("version", [0, 1])
 async def test_one_that_could_not_be_replaced_is_there_again(
-    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dialect: str, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"probe_interval_s": 0.02}
     async with observed_engine(tmp_path, monkeypatch, dialect, config=config) as (engine, _):
-        await update_weights(engine.pool, lora(tmp_path, 1))
+        await update_weights(engine.pool, lora(tmp_path, version))
         with pytest.raises(WeightUpdateError):
-            await update_weights(engine.pool, lora(tmp_path / "missing", 1))
+            await update_weights(engine.pool, lora(tmp_path / "missing", version))
         assert states(engine) == ["stale", "stale"]
         await engine.pool.wait_ready(5)
-        assert await loaded(engine) == [{"x-v1": str(tmp_path)}] * 2
+        assert await loaded(engine) == [{f"x-v{version}": str(tmp_path)}] * 2
 
 
 @both_dialects
